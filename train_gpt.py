@@ -25,6 +25,7 @@ D = C / H channels, V tokens in the vocabulary.
 import argparse
 import dataclasses
 import errno
+import functools
 import gc
 import hashlib
 import inspect
@@ -153,11 +154,11 @@ class Config:
 
 
 # A track is a row: the fields in which its preset differs from the defaults above, which are the limited track's.
-NANO = dict(dataset="nano", seq_len=512, batch_tokens=16384, epochs=10, n_layer=6, n_head=2, n_embd=256, short_window=128,
-            replay="3-4", replay_from=6)
+NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=7, n_layer=4, n_head=2, n_embd=192, short_window=128,
+            replay="2-2", replay_from=5, lr_scale=1.0)
 TRACKS = {
     "nano": NANO,
-    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=128, epochs=3, average=2, replay="1-1", replay_from=3),
+    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, epochs=2, replay="1-1", replay_from=2, cycles=1, average=2),
     "limited": {},
 }
 # What a run of the track may use, by the field of its result.
@@ -243,11 +244,18 @@ def dropout(x, p, key):
     return torch.where((h & 0x7FFFFFFF) >= int(p * 2 ** 31), x * (1 / (1 - p)), 0)
 
 
+@functools.cache
+def causal_mask(T, window, dtype):
+    """(T, T), to be added to scores: 0 where query i sees key j, i - window <= j <= i, and -inf elsewhere."""
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    return torch.zeros(T, T, dtype=dtype).masked_fill_((distance < 0) | (distance > window), float("-inf"))
+
+
 def attention(q, k, v, window):
     """
-    Causal attention of (B, T, H, D) tensors; a query at i sees keys i - window to i. On CUDA by the in-core variable-length
-    flash kernels, the only ones with a sliding window and a backward pass. On the CPU by blocks of 128 queries against the
-    keys in reach: plain products, half the time of the CPU's fused kernel forward and backward.
+    Causal attention of (B, T, H, D) tensors; the query at i sees the keys at i - window to i. On CUDA by the in-core
+    variable-length flash kernels, the only ones with a sliding window and a backward pass. On the CPU by blocks of 128
+    queries against the keys in reach: plain products, which take 60% of the time of the CPU's fused kernel.
     """
     B, T, H, D = q.shape
     if q.device.type == "cuda":
@@ -256,16 +264,13 @@ def attention(q, k, v, window):
         reach = (-1 if window >= T else window, 0)
         flat = (t.flatten(0, 1) for t in (q, k, v))
         return varlen_attn(*flat, starts, starts, T, T, window_size=reach).view(B, T, H, D)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    out = []
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    mask, out = causal_mask(T, window, q.dtype), []
     for start in range(0, T, 128):
-        end = min(start + 128, T)
-        first = max(0, (start - window) // 128 * 128)
-        scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() * D ** -0.5
-        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
-        scores = scores.masked_fill((distance < 0) | (distance > window), float("-inf"))
-        out.append(scores.softmax(-1).to(v.dtype) @ v[:, :, first:end])
-    return torch.cat(out, dim=2).transpose(1, 2)
+        query, key = slice(start, start + 128), slice(max(0, (start - window) // 128 * 128), start + 128)
+        scores = torch.baddbmm(mask[query, key], q[:, query], k[:, key].mT, alpha=D ** -0.5)
+        out.append(scores.softmax(-1) @ v[:, key])
+    return torch.cat(out, dim=1).view(B, H, T, D).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -273,15 +278,15 @@ class Attention(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        self.n_head, self.window = c.n_head, c.window(layer)
+        self.n_head = c.n_head
         self.q, self.k, self.v, self.o = (weight(c.n_embd, c.n_embd) for _ in range(4))
         self.mix = weight(3, c.n_head, c.n_head) if c.head_mixing else None
         self.head_gate = weight(c.n_head, 12) if c.head_gate else None
         self.value_proj = weight(c.n_embd, c.n_embd) if c.value_layer(layer) else None
         self.value_gate = weight(c.n_head, 32) if c.value_layer(layer) else None
 
-    def forward(self, x, x0, rope):
-        """x, x0 (B, T, C): the block's normalised input, and the embedding that values are injected from."""
+    def project(self, x, x0, rope):
+        """x, x0 (B, T, C), the normalised stream and the embedding that values are injected from -> q, k, v (B, T, H, D)."""
         B, T, C = x.shape
         w = torch.stack((self.q, self.k, self.v)).to(x.dtype)
         if self.mix is not None:
@@ -290,10 +295,13 @@ class Attention(nn.Module):
         if self.value_proj is not None:
             gate = 2 * linear(x[..., :32], self.value_gate).sigmoid()
             v = v + gate[..., None] * linear(x0, self.value_proj).view(v.shape)
-        o = attention(rms(rotate(q, rope)), rms(rotate(k, rope)), v, self.window)
+        return rms(rotate(q, rope)), rms(rotate(k, rope)), v
+
+    def output(self, x, o):
+        """x (B, T, C) and the heads' outputs o (B, T, H, D) -> (B, T, C)."""
         if self.head_gate is not None:
             o = o * linear(x[..., :12], self.head_gate).sigmoid()[..., None]
-        return linear(o.reshape(B, T, C), self.o)
+        return linear(o.reshape(x.shape), self.o)
 
 
 class MLP(nn.Module):
@@ -310,18 +318,30 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """
+    Compiled in two parts, around the attention kernel: the parts are the same for all layers but for the value projection,
+    so a few seconds of compilation serve any depth, and nothing is compiled anew when windows or replay change.
+    """
+
     def __init__(self, c, layer):
         super().__init__()
-        self.p = c.dropout
+        self.p, self.window = c.dropout, c.window(layer)
         self.attn, self.mlp = Attention(c, layer), MLP(c)
 
-    @torch.compile(dynamic=False)
     def forward(self, x, x0, rope, drop=None, keep=None):
         """x (B, T, C); in training also drop (B, 2, 2), the keys of two dropouts, and keep (B, 1, 1), 0 to skip the block."""
-        start = x
-        for k, branch in enumerate((lambda x: self.attn(rms(x), x0, rope), lambda x: self.mlp(rms(x)))):
-            y = branch(x)
-            x = x + (y if drop is None else dropout(y, self.p, drop[:, k]))
+        return self.after(x, attention(*self.before(x, x0, rope), self.window), drop, keep)
+
+    @torch.compile(dynamic=False)
+    def before(self, x, x0, rope):
+        return self.attn.project(rms(x), x0, rope)
+
+    @torch.compile(dynamic=False)
+    def after(self, x, o, drop, keep):
+        start, y = x, self.attn.output(rms(x), o)
+        x = x + (y if drop is None else dropout(y, self.p, drop[:, 0]))
+        y = self.mlp(rms(x))
+        x = x + (y if drop is None else dropout(y, self.p, drop[:, 1]))
         return x if keep is None else start + keep * (x - start)
 
 
