@@ -257,6 +257,11 @@ def test_one_rank_per_visible_gpu(project, tmp_path, gpus, settings, ranks):
     assert environment(project)["PET_STANDALONE"] == "1"
 
 
+def test_help_is_printed_by_one_rank(project):
+    run(project, "limited", "--help", NPROC="8")
+    assert environment(project)["PET_NPROC_PER_NODE"] == "1"
+
+
 def test_physical_cores_are_shared_out(project):
     def threads(**settings):
         run(project, "limited", **settings)
