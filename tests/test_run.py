@@ -1,0 +1,718 @@
+"""train_gpt.py in real processes, on a made-up dataset that a tiny model learns in seconds.
+
+Most of the time of such a run is `import torch`. So beside the runs through run.sh and torchrun, a nursery
+imports it once and forks: each child runs the script as `__main__`, with torchrun's variables where there
+are several ranks, and ends by itself with its own exit code. Runs that serve many tests are session fixtures.
+"""
+
+import ast
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "data"))
+
+import shards  # noqa: E402
+
+SOURCE = (ROOT / "train_gpt.py").read_text()
+VOCAB, BOS, T = 200, 199, 32
+# Every technique of the recipe, at the least size: the head gate reads 12 channels, the value gate 32.
+TINY = f"""--seq-len {T} --n-layer 2 --n-head 2 --n-embd 32 --short-window 8 --replay 1-1 --replay-passes 2
+    --replay-from 2 --cycles 1 --average 2 --lr-scale 1 --dtype float32""".split()
+SHORT = [*TINY, *f"--dataset short --epochs 2 --batch-tokens {8 * T} --no-compile".split()]
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+OURS = ("PET_", "TORCHELASTIC_", "NPROC", "PYTHON", "WANDB", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+
+NURSERY = """
+import gc, json, os, runpy, signal, sys
+import numpy, torch, torch._dynamo, torch._inductor.compile_fx
+gc.freeze()  # or each child would walk, and so copy, all that it inherits
+for line in sys.stdin:
+    script, arguments, ranks = json.loads(line)
+    children = []
+    for environment, stdout, stderr in ranks:
+        if child := os.fork():
+            children.append(child)
+            continue
+        signal.alarm(100)
+        os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 1)
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+        os.environ.update(environment)
+        sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    codes = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in children if status else ():  # one has failed: the others are ended, as torchrun does
+            if other not in codes:
+                os.kill(other, signal.SIGTERM)
+    print(json.dumps([codes[child] for child in children]), flush=True)
+"""
+
+
+class Outcome(NamedTuple):
+    codes: list     # exit code of each rank
+    stdout: str     # of all ranks
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    command = [sys.executable, "-c", NURSERY]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=-1, stdout=-1, text=True, bufsize=1) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def train(nursery, tmp_path_factory):
+    """train(project, *arguments, ranks=1, stdout=a file or terminal, **environment) -> its Outcome."""
+
+    def train(project, *arguments, ranks=1, stdout=None, **environment):
+        with socket.create_server(("localhost", 0)) as free:
+            cluster = {"WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
+        output, processes = tmp_path_factory.mktemp("output"), []
+        for rank in range(ranks):
+            place = cluster | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+            variables = {key: str(value) for key, value in (environment | place).items()}
+            processes.append((variables, stdout or f"{output}/{rank}.out", f"{output}/{rank}.err"))
+        script, arguments = f"{project}/train_gpt.py", list(map(str, arguments))
+        print(json.dumps([script, arguments, processes]), file=nursery.stdin)
+        codes = json.loads(nursery.stdout.readline())
+        texts = ("".join(path.read_text() for path in output.glob(glob)) for glob in ("*.out", "*.err"))
+        return Outcome(codes, *texts)
+
+    return train
+
+
+def run_sh(project, *arguments, **environment):
+    """The same by run.sh, from another directory."""
+    command = ["/bin/bash", f"{project}/run.sh", *map(str, arguments)]
+    environment = ENVIRONMENT | environment
+    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=200)
+    return Outcome([result.returncode], result.stdout, result.stderr)
+
+
+def make_dataset(folder, name, **sizes):
+    """Documents of 5 to 90 tokens from one Markov chain, in which most tokens have one likely successor."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    successors = rng.integers(0, BOS, (VOCAB, 3))
+    for split, size in sizes.items():
+        tokens = []
+        while len(tokens) < size:
+            tokens.append(BOS)
+            for _ in range(rng.integers(5, 91)):
+                tokens.append(successors[tokens[-1], rng.choice(3, p=[0.8, 0.15, 0.05])])
+        writer = shards.ShardWriter(folder / f"{split}.bin")
+        writer.append(np.array(tokens[:size], dtype="<u2"))
+        writer.close()
+    token_bytes = rng.integers(1, 8, VOCAB).astype(np.uint8)
+    token_bytes[BOS] = 0
+    manifest = {"name": name, "source": "a Markov chain", "revision": "1", "tokenizer": "none"}
+    manifest |= {"vocab_size": VOCAB, "bos_id": BOS, "splits": sizes}
+    shards.write_folder_end(folder, manifest, token_bytes)
+
+
+def make_project(folder, source=SOURCE):
+    """A clone whose .venv is this interpreter."""
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for name in "run.sh", "requirements.txt":
+        shutil.copy(ROOT / name, folder)
+    shutil.copy(ROOT / "requirements.txt", folder / ".venv")
+    (folder / "train_gpt.py").write_text(source)
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """nano is long enough to be learned; an epoch of short is five steps of 8 sequences."""
+    folder = make_project(tmp_path_factory.mktemp("project") / "a clone")
+    make_dataset(folder / "data/nano", "nano", train=20_000, val=3_080, audit=2_500)
+    make_dataset(folder / "data/short", "short", train=1_300, val=620, audit=500)
+    return folder
+
+
+def metrics(run, kind):
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+def result_of(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def leftovers(folder):
+    return list(folder.rglob("*.tmp*"))
+
+
+@pytest.fixture(scope="session")
+def learned(project):
+    """(Outcome, run folder) of ./run.sh smoke: set-up, torchrun, two gloo ranks, the clone's data/nano."""
+    flags = ["--no-compile", "--batch-tokens", 32 * T, "--epochs", "3", "--run-name", "learned"]
+    outcome = run_sh(project, "smoke", *TINY, *flags, NPROC="2")
+    assert outcome.codes == [0], outcome.stderr
+    return outcome, project / "runs/learned"
+
+
+# ---- A whole run ---------------------------------------------------------------------------------
+
+
+def test_it_learns(project, learned):
+    """A lookup of unigrams is what a model does that has learned nothing of the order."""
+    train, val = (shards.read(project / f"data/nano/{split}.bin") for split in ("train", "val"))
+    counts = np.bincount(train, minlength=VOCAB) + 1
+    unigram = -np.log(counts / counts.sum())[val].mean()
+    result, evals = result_of(learned[1]), metrics(learned[1], "eval")
+    assert abs(evals[0]["loss"] - math.log(VOCAB)) < 0.1
+    assert result["val_loss"] < unigram - 1 and result["audit_loss"] < unigram - 1
+    assert all(before["loss"] > after["loss"] for before, after in zip(evals, evals[1:]))
+
+
+def test_run_folder_is_complete(learned):
+    run = learned[1]
+    files = "train_gpt.py log.txt metrics.jsonl result.json doc_losses.npz loss.svg checkpoints"
+    assert set(files.split()) <= {path.name for path in run.iterdir()}
+    assert leftovers(run) == []
+    assert (run / "train_gpt.py").read_text() == SOURCE
+    assert ElementTree.parse(run / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    for member in result_of(run)["members"]:
+        weights = torch.load(run / "checkpoints" / member["checkpoint"], weights_only=True)
+        assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_result_json(project, learned):
+    result = result_of(learned[1])
+    keys = """track seed config val_loss val_bpb audit_loss audit_bpb members parameters tokens_seen
+        training_flops train_seconds wall_seconds machine data source_sha256 val_evaluations violations
+        date complete"""
+    assert set(keys.split()) <= result.keys()
+    assert {"track": "smoke", "seed": 42, "violations": [], "complete": True}.items() <= result.items()
+    assert {"device": "cpu", "count": 2, "torch": torch.__version__}.items() <= result["machine"].items()
+    manifest = shards.verify(project / "data/nano")
+    digests = {split: row["sha256"] for split, row in manifest["splits"].items()}
+    assert result["data"] == {"name": "nano", **digests}
+    assert result["source_sha256"] == hashlib.sha256(SOURCE.encode()).hexdigest()
+    assert result["tokens_seen"] == len(metrics(learned[1], "step")) * 32 * T
+    assert 0 < result["train_seconds"] < result["wall_seconds"] < 200
+    weights = torch.load(learned[1] / "checkpoints" / result["members"][0]["checkpoint"], weights_only=True)
+    assert result["parameters"] == sum(w.numel() for w in weights.values())
+    assert result["config"]["n_embd"] == 32 and result["config"]["lr_matrix"] == 0.04
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+
+
+def test_metrics(learned):
+    run = learned[1]
+    steps, evals, [final] = (metrics(run, kind) for kind in ("step", "eval", "final"))
+    sequences = result_of(run)["tokens_seen"] // T
+    assert [row["step"] for row in steps] == list(range(sequences // 32))
+    assert [row["epoch"] for row in evals] == [0, 1, 2, 3]
+    assert evals[-1]["step"] == len(steps)
+    assert all(row["split"] == "val" for row in evals)
+    for key in "val_loss", "val_bpb", "audit_loss", "audit_bpb":
+        assert final[key] == result_of(run)[key]
+    assert result_of(run)["val_evaluations"] == len(evals) + 1  # the final predictor is one more look
+
+
+def test_log(learned):
+    """Its source is the whole experiment; after it come environment, config, steps and evaluations."""
+    outcome, run = learned
+    first, rest = (run / "log.txt").read_bytes().split(b"\n", 1)
+    size, digest = re.fullmatch(rb"source train_gpt\.py (\d+) bytes sha256 ([0-9a-f]{64})", first).groups()
+    source, lines = rest[:int(size)], rest[int(size):].decode()
+    assert source == SOURCE.encode() and hashlib.sha256(source).hexdigest() == digest.decode()
+    assert lines.startswith("\n") and torch.__version__ in lines and '"n_embd": 32' in lines
+    assert all(line in lines for line in outcome.stdout.splitlines())
+    missing = [row["step"] for row in metrics(run, "step") if f"{row['loss']:.4f}" not in lines]
+    assert missing == [], f"{len(missing)} steps are not in log.txt"
+
+
+def test_console(learned):
+    """Plain lines where no terminal is; then the table of what matters, and where the run lies."""
+    outcome, run = learned
+    result, out = result_of(run), outcome.stdout
+    assert outcome.stderr == "" and "\r" not in out and "\x1b" not in out
+    assert len(re.findall(r"^epoch ", out, re.M)) == 3
+    table = out.split("\n\n")[-1]
+    for member in result["members"]:
+        assert member["checkpoint"] in table and f"{member['val_loss']:.4f}" in table
+    for key in "val_loss", "audit_loss", "val_bpb", "audit_bpb":
+        assert f"{result[key]:.4f}" in table
+    assert "runs/learned" in table and f"{result['parameters']:,}" in table and "record" not in table
+
+
+# ---- Scoring, counted again ----------------------------------------------------------------------
+
+
+def load(run):
+    """The module of a run's own train_gpt.py, as the ruler loads it."""
+    spec = importlib.util.spec_from_file_location(f"contestant_{run.name}", run / "train_gpt.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def contestant(learned):
+    return load(learned[1])
+
+
+def logprobs(contestant, run, sequences):
+    """(n, T) float64: of each sequence's targets, three sequences at a time."""
+    predictor, out = contestant.load_predictor(run, "cpu"), []
+    for part in torch.from_numpy(sequences.astype(np.int64)).split(3):
+        out.append(predictor.logprobs(part[:, :-1]).double().gather(2, part[:, 1:, None])[..., 0])
+    return torch.cat(out).numpy()
+
+
+def cut(project, split):
+    """(n, T+1): the non-overlapping sequences of a split in file order."""
+    tokens = np.array(shards.read(project / f"data/nano/{split}.bin"))
+    return np.stack([tokens[i:i + T + 1] for i in range(0, len(tokens) - T, T + 1)])
+
+
+def test_probabilities_sum_to_one(contestant, learned, project):
+    predictor = contestant.load_predictor(learned[1], "cpu")
+    tokens = torch.from_numpy(cut(project, "val")[:5, :-1].astype(np.int64))
+    out = predictor.logprobs(tokens)
+    assert out.shape == (5, T, VOCAB) and out.dtype == torch.float32
+    assert (out.double().exp().sum(-1) - 1).abs().max() < 2e-6
+    assert predictor.logprobs(tokens[:, :7]).shape == (5, 7, VOCAB)
+    torch.testing.assert_close(predictor.logprobs(tokens[:, :7]), out[:, :7], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", ["val", "audit"])
+def test_score_is_that_of_a_plain_count(contestant, learned, project, split):
+    """The split's loss, bits per byte and documents, by a loop over the file's tokens."""
+    run, sequences = learned[1], cut(project, split)
+    assert len(sequences) % 2  # two ranks cannot share them equally
+    tokens = shards.read(project / f"data/nano/{split}.bin")
+    token_bytes = np.fromfile(project / "data/nano/token_bytes.bin", dtype=np.uint8)
+    nats = -logprobs(contestant, run, sequences)
+    document, documents = -1, {"loss": Counter(), "tokens": Counter(), "bytes": Counter()}
+    for position, token in enumerate(tokens):
+        document += token == BOS
+        row, column = divmod(position, T + 1)
+        if row < len(sequences) and column:
+            documents["loss"][document] += nats[row, column - 1]
+            documents["tokens"][document] += 1
+            documents["bytes"][document] += int(token_bytes[token])
+    saved, result = np.load(run / "doc_losses.npz"), result_of(run)
+    assert len(saved[f"{split}_loss"]) == document + 1
+    for name, dtype, tolerance in ("loss", np.float64, 1e-5), ("tokens", np.int64, 0), ("bytes", np.int64, 0):
+        expected = [documents[name][d] for d in range(document + 1)]
+        assert saved[f"{split}_{name}"].dtype == dtype
+        np.testing.assert_allclose(saved[f"{split}_{name}"], expected, rtol=tolerance, atol=tolerance)
+    has_bytes = token_bytes[sequences[:, 1:]] > 0
+    bits = nats[has_bytes].sum() / math.log(2) / sum(documents["bytes"].values())
+    assert result[f"{split}_loss"] == pytest.approx(nats.mean(), rel=2e-6)
+    assert result[f"{split}_bpb"] == pytest.approx(bits, rel=2e-6)
+    total = saved[f"{split}_loss"].sum() / saved[f"{split}_tokens"].sum()
+    assert result[f"{split}_loss"] == pytest.approx(total, rel=1e-12)
+    assert saved[f"{split}_tokens"].sum() == sequences[:, 1:].size
+
+
+def test_predictor_is_the_weighted_mean_of_its_members_probabilities(contestant, learned, project, tmp_path):
+    run, sequences = learned[1], cut(project, "val")
+    members = result_of(run)["members"]
+    assert [m["checkpoint"] for m in members] == ["epoch_002.pt", "epoch_003.pt"]
+    assert [m["weight"] for m in members] == pytest.approx([1 / 3, 2 / 3])
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/predictor.json"
+    spec, probabilities = json.loads(path.read_text()), 0
+    for member, row in zip(members, spec["members"]):
+        path.write_text(json.dumps(spec | {"members": [row | {"weight": 1.0}]}))
+        logp = logprobs(contestant, tmp_path / "run", sequences)
+        assert member["val_loss"] == pytest.approx(-logp.mean(), rel=2e-6)
+        probabilities += member["weight"] * np.exp(logp)
+    last = metrics(run, "eval")[-1]["loss"]
+    assert members[-1]["val_loss"] == pytest.approx(last, rel=1e-9)  # the same model, twice scored
+    assert result_of(run)["val_loss"] == pytest.approx(-np.log(probabilities).mean(), rel=2e-6)
+
+
+# ---- Ranks, device batches, compilation ----------------------------------------------------------
+
+SPLITS = [(1, 4), (1, 1), (2, 4), (4, 2)]  # ranks, device batch
+
+
+NOISE = ["--dropout", "0.2", "--stochastic-depth", "0.5", "--lr-scale", "0.25"]
+
+
+@pytest.fixture(scope="session")
+def shared_out(project, train):
+    """{(ranks, device batch): run folder}: the same two epochs, with much dropout and stochastic depth."""
+    runs = {}
+    for ranks, device_batch in SPLITS:
+        name = f"ranks{ranks}_batch{device_batch}"
+        flags = [*NOISE, "--device-batch", device_batch, "--run-name", name]
+        outcome = train(project, *SHORT, *flags, ranks=ranks)
+        assert set(outcome.codes) == {0}, outcome.stderr
+        runs[ranks, device_batch] = project / "runs" / name
+    return runs
+
+
+def losses(run):
+    """Of every step, every evaluation and the final predictor."""
+    result = result_of(run)
+    final = [result[key] for key in ("val_loss", "audit_loss", "val_bpb", "audit_bpb")]
+    return np.array([row["loss"] for kind in ("step", "eval") for row in metrics(run, kind)] + final)
+
+
+@pytest.mark.parametrize("ranks, device_batch", SPLITS[1:])
+def test_ranks_and_device_batch_change_nothing(shared_out, ranks, device_batch):
+    run, reference = shared_out[ranks, device_batch], shared_out[SPLITS[0]]
+    assert len(metrics(run, "step")) == round(2 * (1_300 // (T + 1)) / 8)
+    np.testing.assert_allclose(losses(run), losses(reference), rtol=5e-6)
+    before = [metrics(folder, "eval")[0]["loss"] for folder in (run, reference)]
+    assert before[0] == pytest.approx(before[1], rel=1e-7)  # scoring alone, before training
+
+
+def test_two_ranks_that_sum_the_same_two_parts_are_bit_equal(shared_out):
+    """One rank's two micro-batches are those of the two ranks, and a + b = b + a."""
+    assert (losses(shared_out[1, 4]) == losses(shared_out[2, 4])).all()
+
+
+@pytest.mark.parametrize("flags", ["--dropout 0", "--stochastic-depth 0", "--seed 43"])
+def test_noise_that_differs_would_show(project, shared_out, train, flags):
+    """Or the tests above would compare less than they say."""
+    name = "noise" + flags.replace(" ", "")
+    assert train(project, *SHORT, *NOISE, *flags.split(), "--run-name", name).codes == [0]
+    difference = losses(project / "runs" / name) / losses(shared_out[SPLITS[0]]) - 1
+    assert abs(difference[5:]).max() > 1e-4  # twenty times the tolerance
+
+
+COMPILED = "--unet-skips --no-value-proj --mtp none --replay none --windows L".split()  # fewer graphs
+
+
+def test_compiled_is_eager(project, train):
+    for name in "compiled", "eager":
+        flags = [*COMPILED, "--max-steps", "4", "--run-name", name]
+        outcome = train(project, *SHORT, *flags, "--compile" if name == "compiled" else "--no-compile")
+        assert outcome.codes == [0], outcome.stderr
+        if name == "compiled" and ", compiled," not in outcome.stdout:
+            pytest.skip("no C++ compiler here")
+    compiled, eager = (losses(project / "runs" / name) for name in ("compiled", "eager"))
+    np.testing.assert_allclose(compiled, eager, rtol=5e-6)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(project, train):
+    """refused(*flags) -> the one line of a user's mistake, which leaves nothing behind."""
+
+    def refused(*flags, ranks=1):
+        before = sorted((project / "runs").iterdir())
+        outcome = train(project, *flags, ranks=ranks)
+        assert outcome.codes[0] == 2, outcome.stderr
+        assert outcome.stdout == "" and re.fullmatch(r"error: [^\n]+\n", outcome.stderr), outcome.stderr
+        assert sorted((project / "runs").iterdir()) == before
+        return outcome.stderr
+
+    return refused
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--track nan0", "nano"),
+    ("--epoch 3", "--epoch"),
+    ("nano", "nano"),
+    ("--epochs three", "int"),
+    ("--epochs 0", "1 to 10000"),
+    ("--dropout 1", "0 to 0.9"),
+    ("--softcap nan", "1 to 40"),
+    ("--lr-scale inf", "0 to 1000"),
+    ("--lr-matrix -0.1", "0 to 1000"),
+    ("--seed -1", "0 or more"),
+    ("--device-batch 0", "1 or more"),
+    ("--shuffle random", "document, sequence, none"),
+    ("--dtype float16", "float32"),
+    ("--n-head 3", "--n-embd 32"),
+    ("--n-head 32", "even"),
+    ("--n-layer 3", "even"),
+    ("--windows SXL", "S and L"),
+    ("--replay 0-1", "1-1"),
+    ("--cycles 4", "--epochs 2"),
+    ("--average 3", "--epochs 2"),
+    (f"--batch-tokens {8 * T + 1}", f"multiple of --seq-len {T}"),
+    ("--device-batch 3", "8 sequences"),
+    ("--seq-len 2048 --batch-tokens 2048", "--seq-len"),
+    ("--run-name ../elsewhere", "letters"),
+    ("--run-name ..", "--run-name"),
+    ("--config nowhere.json", "nowhere.json"),
+])
+def test_bad_flag(refused, flags, said):
+    assert said in refused(*SHORT, *flags.split())
+
+
+@pytest.mark.parametrize("text, said", [
+    ("{", "JSON"),
+    ("[1]", "JSON"),
+    ('{"n_layers": 2}', "n_layers"),
+    ('{"n_layer": "2"}', "--n-layer"),
+    ('{"n_layer": 2.0}', "--n-layer"),
+    ('{"dropout": 2}', "0 to 0.9"),
+])
+def test_bad_config_file(refused, tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    assert said in refused("--config", tmp_path / "config.json")
+
+
+def test_batch_that_the_ranks_cannot_share(refused):
+    assert "3 ranks" in refused(*SHORT, ranks=3)
+
+
+def test_used_run_name(refused, learned):
+    before = {path: path.stat().st_mtime_ns for path in learned[1].rglob("*")}
+    assert "--run-name" in refused(*SHORT, "--run-name", "learned")
+    assert {path: path.stat().st_mtime_ns for path in learned[1].rglob("*")} == before
+
+
+def poke(path, offset, content):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def beyond_vocabulary(folder):
+    """A dataset that is as its manifest says, but for the vocabulary."""
+    poke(folder / "train.bin", shards.HEADER_BYTES + 20, int(VOCAB).to_bytes(2, "little"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"] = shards.describe(shards.read(folder / "train.bin"), BOS)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: shutil.rmtree(folder), "there is no dataset"),
+    (lambda folder: (folder / "manifest.json").unlink(), "there is no dataset"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
+    (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json"),
+    (lambda folder: (folder / "audit.bin").unlink(), "audit.bin is missing"),
+    (lambda folder: os.truncate(folder / "val.bin", 1500), "truncated"),
+    (lambda folder: os.truncate(folder / "val.bin", 100), "val.bin"),
+    (lambda folder: poke(folder / "train.bin", 0, b"\0"), "magic"),
+    (lambda folder: poke(folder / "audit.bin", shards.HEADER_BYTES + 2, b"\1"), "digest"),
+    (beyond_vocabulary, f"{VOCAB}"),
+    (lambda folder: (folder / "token_bytes.bin").unlink(), "token_bytes.bin"),
+    (lambda folder: poke(folder / "token_bytes.bin", 3, b"\xff"), "token_bytes.bin"),
+])
+def test_bad_dataset(refused, project, tmp_path, damage, said):
+    shutil.copytree(project / "data/short", tmp_path / "data")
+    damage(tmp_path / "data")
+    error = refused(*SHORT, "--data", tmp_path / "data")
+    assert said in error and "./run.sh data short" in error
+
+
+def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, tmp_path):
+    """torchrun ends the other ranks when one has failed; the one that speaks must not be among them."""
+    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    outcome = run_sh(project, "smoke", *TINY, "--n-head", "3", NPROC="2", PYTHONPATH=str(tmp_path))
+    assert outcome.codes == [2] and outcome.stdout == ""
+    assert re.fullmatch(r"error: --n-head 3 [^\n]+\n", outcome.stderr), outcome.stderr
+
+
+# ---- Trouble on the way --------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["32k", "300k"], ids=["at the start", "at the first checkpoint"])
+def full_disk(request, project):
+    """A clone whose runs/ lie on a disk that cannot hold the source, or that can, but no checkpoint."""
+    folder = project.parent / f"small disk {request.param}"
+    make_project(folder)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder / "runs")]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder / "runs"], check=True)
+
+
+def test_full_disk(project, full_disk, train):
+    outcome = train(full_disk, *SHORT, "--data", project / "data/short", "--run-name", "full")
+    assert outcome.codes == [2], outcome.stderr
+    assert re.fullmatch(r"error: [^\n]*space[^\n]*\n", outcome.stderr)
+    run = full_disk / "runs/full"
+    assert leftovers(run) == [] and list(run.glob("checkpoints/*")) == []
+    assert not (run / "result.json").exists()
+    if (run / "train_gpt.py").exists():
+        assert (run / "train_gpt.py").read_text() == SOURCE
+    if (run / "metrics.jsonl").exists():
+        assert len(metrics(run, "step")) > 0
+
+
+@pytest.mark.parametrize("batch, lr_embed, lr_scale", [(8, 100, 1), (39, 1000, 10)])
+def test_non_finite_loss(project, train, batch, lr_embed, lr_scale):
+    """The embedding explodes. With 39 sequences an epoch is one step: it ends just after the one that
+    did it, and no checkpoint may be made then."""
+    name = f"explodes{batch}"
+    flags = ["--epochs", "9", "--batch-tokens", batch * T, "--lr-embed", lr_embed, "--lr-scale", lr_scale]
+    outcome = train(project, *SHORT, *flags, "--run-name", name)
+    assert outcome.codes == [2], outcome.stderr
+    error = re.fullmatch(r"error: .*loss is (?:nan|inf) at step (\d+)\b.* (\S+\.pt)\b.*\n", outcome.stderr)
+    assert error, outcome.stderr
+    run = project / "runs" / name
+    steps, checkpoints = metrics(run, "step"), sorted((run / "checkpoints").glob("*.pt"))
+    assert int(error[1]) in (len(steps), len(steps) - 1)
+    assert all(math.isfinite(row["loss"]) for row in steps + metrics(run, "eval"))
+    assert Path(error[2]).name == checkpoints[-1].name
+    for path in checkpoints:
+        assert all(w.isfinite().all() for w in torch.load(path, weights_only=True).values()), path
+    assert not (run / "result.json").exists() and leftovers(run) == []
+
+
+# ---- Weights & Biases ----------------------------------------------------------------------------
+
+
+def test_wandb_offline(project, train, tmp_path):
+    pytest.importorskip("wandb")
+    flags = ["--max-steps", "2", "--wandb", "--run-name", "wandb"]
+    outcome = train(project, *SHORT, *flags, WANDB_MODE="offline", HOME=tmp_path)
+    assert outcome.codes == [0], outcome.stderr
+    assert list((project / "runs/wandb").rglob("offline-run-*/*.wandb"))
+    assert "wandb is off" not in outcome.stdout and result_of(project / "runs/wandb")["complete"]
+
+
+@pytest.mark.parametrize("module", [
+    "raise ImportError('no such luck')\n",
+    "def init(**settings):\n    raise RuntimeError('no such luck')\n",
+    "class init:\n    __init__ = lambda self, **_: None\n    log = lambda *_, **__: open('no such luck')\n",
+], ids=["missing", "init", "log"])
+def test_wandb_never_costs_a_run(project, train, tmp_path, module):
+    folder = make_project(tmp_path / "clone")
+    (folder / "wandb.py").write_text(module)
+    flags = ["--data", project / "data/short", "--max-steps", "2", "--wandb", "--run-name", "broken"]
+    outcome = train(folder, *SHORT, *flags)
+    assert outcome.codes == [0] and outcome.stderr == ""
+    assert outcome.stdout.count("wandb") == outcome.stdout.count("no such luck") == 1
+    assert result_of(folder / "runs/broken")["complete"]
+
+
+# ---- Terminal, help, import ----------------------------------------------------------------------
+
+
+def test_progress_bar_on_a_terminal(project, train):
+    terminal, stdout = pty.openpty()
+    fcntl.ioctl(stdout, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows and columns
+    shown = []
+
+    def watch():
+        try:
+            while text := os.read(terminal, 10_000):
+                shown.append(text.decode(errors="replace"))
+        except OSError:  # nobody has it open any more
+            pass
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    outcome = train(project, *SHORT, "--run-name", "terminal", stdout=os.ttyname(stdout))
+    os.close(stdout)
+    watcher.join()
+    os.close(terminal)
+    text = "".join(shown)
+    assert outcome.codes == [0] and outcome.stderr == ""
+    assert re.search(r"\r[^\r\n]*10/10[^\r\n]*step", text) and re.search(r"\r[^\r\n]*loss \d", text)
+    assert re.search(r"^epoch +1/2 ", text.replace("\r", "\n"), re.M) and "val loss" in text
+
+
+def test_help_teaches(project, train, contestant):
+    outcome = train(project, "--help")
+    assert outcome.codes == [0] and outcome.stderr == ""
+    words = set(re.findall(r"--[\w-]+", outcome.stdout))
+    fields = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(contestant.Config)}
+    others = "--track --config --seed --run-name --data --device-batch --dtype --max-steps --wandb"
+    assert fields | set(others.split()) <= words
+    text = " ".join(outcome.stdout.split())
+    assert all(track in text for track in contestant.TRACKS) and "train_gpt.py" in text
+    for name, (allowed, meaning) in contestant.COMMENTS.items():
+        assert " ".join(meaning.split()) in text, name
+    assert "[0, 0.9]" in text and "(default 0.1)" in text
+
+
+def test_importing_has_no_side_effects(project):
+    script = """
+import os, torch
+before = set(os.environ), torch.get_rng_state().tolist(), torch.get_default_dtype()
+import train_gpt
+assert before == (set(os.environ), torch.get_rng_state().tolist(), torch.get_default_dtype())
+assert not torch.distributed.is_initialized()
+import threading
+assert threading.active_count() == 1
+"""
+    before = sorted(project.rglob("*"))
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=project, env=ENVIRONMENT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert sorted(project.rglob("*")) == before
+
+
+# ---- Caps and violations -------------------------------------------------------------------------
+
+
+def test_run_over_its_cap_is_no_record(project, train, tmp_path):
+    source = re.sub(r'("smoke": \("training_flops", )1e13', r"\g<1>1e6", SOURCE)
+    assert source != SOURCE
+    folder = make_project(tmp_path / "clone", source)
+    flags = ["--track", "smoke", "--data", project / "data/short", "--max-steps", "2", "--run-name", "over"]
+    outcome = train(folder, *SHORT, *flags)
+    assert outcome.codes == [0], outcome.stderr
+    cap, early, data = result_of(folder / "runs/over")["violations"]
+    assert "training_flops" in cap and "1e+06" in cap
+    assert "--max-steps" in early and "short" in data
+    assert all(f"no record    {reason}" in outcome.stdout for reason in (cap, early, data))
+
+
+# ---- The source ----------------------------------------------------------------------------------
+
+
+def test_it_is_one_readable_file():
+    lines = SOURCE.splitlines()
+    assert len(lines) <= 1500
+    assert [n for n, line in enumerate(lines, 1) if len(line) > 110] == []
+
+
+def test_it_imports_nothing_of_the_repository():
+    imported = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.split(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    assert imported - sys.stdlib_module_names <= {"torch", "numpy", "tqdm", "matplotlib", "wandb"}
+
+
+def test_run_sh_knows_every_track(contestant):
+    manual = (ROOT / "run.sh").read_text().split("set -euo")[0]
+    assert set(contestant.TRACKS) <= set(manual.split())
