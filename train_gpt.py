@@ -44,6 +44,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -174,14 +175,14 @@ NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=7, n_layer=4,
             short_window=128, replay="2-2", replay_from=5, lr_scale=1.0)
 TRACKS = {
     "nano": NANO,
-    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, epochs=2, replay="1-1", replay_from=2, cycles=1,
+    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=56, epochs=2, replay="1-1", replay_from=2, cycles=1,
                          average=2),
     "limited": {},
 }
 # What a run of the track may use, by the field of its result.json.
 CAPS = {
     "nano": ("training_flops", 2e14),
-    "smoke": ("training_flops", 1.2e13),
+    "smoke": ("training_flops", 1e13),
     "limited": ("train_seconds", 3600),
 }
 
@@ -640,12 +641,19 @@ class Group:
         """Starts to bring the values from their owners to every rank; -> the work to wait for."""
         return dist.all_gather_single(self.values, self.W.flatten(), async_op=True)
 
-    def state_dict(self, mesh):
-        """Values and optimizer state as distributed tensors that share their memory, without the padding."""
+    def shards(self, mesh):
+        """A copy of values and optimizer state, as this rank's part of distributed tensors, unpadded."""
         own = max(0, min(self.units - dist.get_rank() * len(self.W), len(self.W)))
-        return {name: DTensor.from_local(part[:own], mesh, [Shard(0)], run_check=False, stride=part.stride(),
-                                         shape=torch.Size((self.units, *part.shape[1:])))
+        return {name: DTensor.from_local(part[:own].to("cpu", copy=True), mesh, [Shard(0)], run_check=False,
+                                         shape=(self.units, *part.shape[1:]), stride=part.stride())
                 for name, part in {"values": self.W, **self.state}.items()}
+
+    def load(self, shards):
+        """Takes over what `shards` had and a checkpoint has been loaded into."""
+        for name, part in {"values": self.W, **self.state}.items():
+            local = shards[name].to_local()
+            part[:len(local)].copy_(local)
+        self.gather().wait()
 
 class Optimizer:
     """All groups, sharded over the ranks (as ZeRO-2 does, Rajbhandari et al. 2020, arXiv 1910.02054)."""
@@ -656,11 +664,11 @@ class Optimizer:
             shape = p.shape if row.optimizer == "muon" else None
             groups.setdefault((*row[2:], p.dtype, shape), (row, []))[1].append(p)
         self.groups = [Group(row, params, c, dtype) for row, params in groups.values()]
-        self.mesh = init_device_mesh(model.embed.device.type, (dist.get_world_size(),))
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
 
-    def state_dict(self):
-        """Parameters and optimizer state, to load in place by torch.distributed.checkpoint on any ranks."""
-        return {f"{i}": group.state_dict(self.mesh) for i, group in enumerate(self.groups)}
+    def shards(self):
+        """A copy of parameters and optimizer state for a distributed checkpoint: any ranks can load it."""
+        return {f"{i}": group.shards(self.mesh) for i, group in enumerate(self.groups)}
 
     @torch.no_grad()
     def step(self, lr, weight_decay, momentum, step):
@@ -700,7 +708,7 @@ class Dataset:
         except FileNotFoundError as error:
             fail(f"there is no dataset in {folder} (no {Path(error.filename).name}); {self.remedy}")
         except (ValueError, KeyError, TypeError) as error:
-            fail(f"the dataset in {folder} is damaged ({error!r}); {self.remedy}")
+            fail(f"{folder}: manifest.json or token_bytes.bin is damaged ({error}); {self.remedy}")
         self.token_bytes = token_bytes.astype(np.int64)
         self.splits = {split: self.open(self.folder / f"{split}.bin", split) for split in self.digests}
 
@@ -1059,7 +1067,8 @@ class Keeper:
     """
 
     def __init__(self, folder, optimizer):
-        self.folder, self.optimizer, self.future, self.error = folder / "state", optimizer, None, None
+        self.folder, self.optimizer, self.writing = folder / "state", optimizer, None
+        self.writer = ThreadPoolExecutor(1)
         self.group = dist.new_group(backend="gloo")  # the writers' messages must not mix with training's
         self.saved_at = time.monotonic()
         on_main(self.clear)
@@ -1070,43 +1079,37 @@ class Keeper:
             shutil.rmtree(leftover)
 
     def save(self, progress):
-        """Begins to write the state, with a dictionary for JSON; the one before it is waited for."""
+        """Copies the state and begins to write it, with a dictionary for JSON, after the one before."""
         self.wait()
-        temporary = self.folder / f"step_{progress['step']:07d}.tmp"
-        state = self.optimizer.state_dict()
-        self.future = dcp.async_save(state, checkpoint_id=temporary, process_group=self.group)
-        if dist.get_rank() == 0:  # whose part of the save ends when all others have ended
-            self.future.add_done_callback(lambda future: self.complete(future, temporary, progress))
+        self.writing = self.writer.submit(self.write, self.optimizer.shards(), progress)
         self.saved_at = time.monotonic()
 
-    def complete(self, future, temporary, progress):
-        """In the writer's thread: digests, the final name, and the third newest is dropped."""
-        try:
-            future.result()
+    def write(self, shards, progress):
+        """In the writer's thread. The save ends on rank 0 when all ranks' parts are on the disk."""
+        temporary = self.folder / f"step_{progress['step']:07d}.tmp"
+        dcp.save(shards, checkpoint_id=temporary, process_group=self.group)
+        if dist.get_rank() == 0:
             files = {file.name: digest(np.memmap(file, mode="r")) for file in sorted(temporary.iterdir())}
             write_json(temporary / "manifest.json", progress | {"files": files})
             shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)
             temporary.rename(temporary.with_suffix(""))
             for old in sorted(self.folder.glob("step_???????"))[:-2]:
                 shutil.rmtree(old)
-        except Exception as error:
-            self.error = error
 
     def wait(self):
         """Until the state that is being written is on the disk; raises what went wrong."""
-        if self.future is not None:
-            self.future.result()
-        if self.error is not None:
-            raise self.error
+        if self.writing is not None:
+            self.writing.result()
 
     def restore(self, log):
         """Loads the newest sound state in place; -> its progress, or None where there is no state."""
         for path in sorted(self.folder.glob("step_???????"), reverse=True):
             found = on_main(self.inspect, path)
             if isinstance(found, dict):
-                dcp.load(self.optimizer.state_dict(), checkpoint_id=path, process_group=self.group)
-                for gather in [group.gather() for group in self.optimizer.groups]:
-                    gather.wait()
+                shards = self.optimizer.shards()
+                dcp.load(shards, checkpoint_id=path, process_group=self.group)
+                for i, group in enumerate(self.optimizer.groups):
+                    group.load(shards[f"{i}"])
                 return found
             log(f"state  {path.name} is unsound: {found}; going back to the one before it")
         return None
