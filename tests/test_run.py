@@ -580,7 +580,7 @@ def test_non_finite_loss(project, train, batch, lr_embed, lr_scale):
     flags = ["--epochs", "9", "--batch-tokens", batch * T, "--lr-embed", lr_embed, "--lr-scale", lr_scale]
     outcome = train(project, *SHORT, *flags, "--run-name", name)
     assert outcome.codes == [3], outcome.stderr
-.*(?:loss|gradient) is (?:nan|inf) at step (\d+)\b.* (\S+\.pt)\b.*\n", outcome.stderr)
+    error = re.fullmatch(r"error: .* is (?:nan|inf) at step (\d+)\b.* (\S+\.pt)\b.*\n", outcome.stderr)
     assert error, outcome.stderr
     run = project / "runs" / name
     steps, checkpoints = metrics(run, "step"), sorted((run / "checkpoints").glob("*.pt"))
