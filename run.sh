@@ -16,12 +16,17 @@
 # The first start makes .venv and installs requirements.txt into it, again only when that file changes; the
 # nano tracks build data/nano when it isn't there. data/ and runs/ lie in this folder, wherever it is started
 # from. One process is started for each visible GPU, and one when there is none, always through torchrun.
-# A mistake in the input prints one line and exits with 2; signal N, here or in a process, exits with 128 + N.
+#
+# A run saves its state every five minutes. When one of its processes is killed, all start again from there.
+# SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 make it save one at once and exit with 75: the same command with
+# --resume goes on. A mistake in the input exits with 2, a loss that is not finite with 3, a process that does
+# not answer with 4, each with one line; what else ends by signal N exits with 128 + N.
 #
 # Environment
 #   PYTHON               the interpreter that makes .venv, 3.10 or newer (default: python3)
 #   NPROC                processes to start on this node (default: see above)
 #   OMP_NUM_THREADS      CPU threads for each process (default: the physical cores, shared out evenly)
+#   PET_MAX_RESTARTS     how often all start again after one was killed (default: 3)
 #   PET_...              torchrun's arguments, by its own convention; on each of 8 nodes, for example:
 #                        PET_NNODES=8 PET_RDZV_BACKEND=c10d PET_RDZV_ENDPOINT=HOST:29500 ./run.sh unlimited
 #   PIP_EXTRA_INDEX_URL  https://download.pytorch.org/whl/cpu saves a machine without GPU the CUDA libraries
@@ -85,27 +90,69 @@ physical_cores() {
     fi
 }
 
-# torchrun without its report of a failed worker, which has spoken for itself, and with its exit code.
+# torchrun with three differences. Signals are passed on, for the ranks to save a state and end the run, and
+# nobody is killed for taking his time. Only the death of a rank makes it start all of them again. Its report
+# of a failed rank, which has spoken for itself, is left out; the exit code is that rank's.
 torchrun='
 import sys
 sys.path.pop(0)  # the directory it is started from
-import logging, signal
+import ctypes, functools, logging, os, signal
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interrupted import
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed import launcher, run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 for module in "multiprocessing.api", "agent.server.api":
     logging.getLogger("torch.distributed.elastic." + module).setLevel(logging.CRITICAL)
+
+def end_with_parent():
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives this process
+
+subprocess_handler.Popen = functools.partial(subprocess_handler.Popen, preexec_fn=end_with_parent)
+
+class Agent(LocalElasticAgent):
+    stopped = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self.pass_on)
+
+    def pass_on(self, number, frame):
+        Agent.stopped, self._remaining_restarts = True, 0
+        ranks = self._pcontext.subprocess_handlers.values() if self._pcontext else ()
+        running = [rank.proc for rank in ranks if rank.proc.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        if not running:
+            sys.exit(128 + number)
+
+    def _monitor_workers(self, group):
+        result = super()._monitor_workers(group)
+        codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        killed = [rank for rank in codes if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]
+        if codes and (max(codes.values()) > 0 or not killed):
+            self._remaining_restarts = 0
+        elif codes and self._remaining_restarts:
+            name = signal.Signals(-codes[killed[0]]).name
+            print(f"rank {killed[0]} was ended by {name}; starting again from the last state", file=sys.stderr)
+        return result
+
+launcher.api.LocalElasticAgent = Agent
 try:
-    main()
+    run.main()
 except ChildFailedError as report:
     rank, failure = report.get_first_failure()
-    if failure.exitcode > 0:
-        sys.exit(failure.exitcode)
-    print(f"error: rank {rank} was ended: {failure.message}", file=sys.stderr)
-    sys.exit(128 - failure.exitcode)
-except SignalException as death:
-    sys.exit(128 + death.sigval)
+    code = failure.exitcode
+    if code == 4:  # the ranks that could not reach it have ended; it had to be killed
+        hung = [rank for rank, failure in report.failures.items() if failure.exitcode == -signal.SIGKILL]
+        named = ", ".join(map(str, hung)) or "of another node"
+        print(f"error: rank {named} does not answer; --resume goes on from the last state", file=sys.stderr)
+    if code < 0 and not Agent.stopped:
+        print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+    sys.exit(code if code > 0 else 128 - code)
 '
 
 launch() {
@@ -116,8 +163,9 @@ launch() {
         export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
     fi
     [[ ${PET_NNODES-}${PET_RDZV_ENDPOINT-}${PET_MASTER_ADDR-} ]] || export PET_STANDALONE=1
-    # Slurm announces the end of a job's time with SIGUSR1; torchrun passes on the others by itself.
-    export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+    export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-3} PET_SIGNALS_TO_HANDLE=''
+    # Without it the ranks of a second start may read the addresses that those of the first left in the store.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     cd "$caller"
     exec "$venv_python" -c "$torchrun" "$root/train_gpt.py" "$@"
 }

@@ -46,7 +46,7 @@ import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,8 +171,8 @@ class Config:
         return order
 
 # A track is a row: the fields in which its preset differs from the defaults above, the limited track's.
-NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=7, n_layer=4, n_head=2, n_embd=192,
-            short_window=128, replay="2-2", replay_from=5, lr_scale=1.0)
+NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=8, n_layer=4, n_head=2, n_embd=128,
+            short_window=128, replay="2-2", replay_from=6, lr_scale=4.0, weight_decay=0.2, dropout=0.05)
 TRACKS = {
     "nano": NANO,
     "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=56, epochs=2, replay="1-1", replay_from=2, cycles=1,
@@ -194,6 +194,7 @@ def quit_run(code, message):
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{'error: ' if code != 75 else ''}{message}", file=sys.stderr, flush=True)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun ends all ranks at the first exit, which must be that of the one who speaks
     raise SystemExit(code)
 
@@ -993,6 +994,7 @@ class RunLog:
         self.folder, self.title, self.wandb = folder, title, None
         self.metrics, self.main = {"step": [], "eval": [], "final": []}, dist.get_rank() == 0
         if self.main and not (folder / "log.txt").exists():
+            write_atomic(folder / "train_gpt.py", lambda file: file.write(SOURCE))
             head = f"source train_gpt.py {len(SOURCE)} bytes sha256 {SOURCE_SHA256}\n".encode()
             write_atomic(folder / "log.txt", lambda file: file.write(head + SOURCE + b"\n"))
         if self.main and wandb_settings:
@@ -1062,14 +1064,14 @@ class RunLog:
 class Keeper:
     """
     The states from which a run can go on: state/step_NNNNNNN/, the newest two. Each rank writes its part of a
-    copy, in the background and under a temporary name; when all is on the disk, rank 0 adds the digests and
-    renames the folder.
+    copy, in the background and under a temporary name; when all is on the disk, rank 0 adds the progress and
+    the digests and renames the folder.
     """
 
-    def __init__(self, folder, optimizer):
+    def __init__(self, folder, optimizer, timeout):
         self.folder, self.optimizer, self.writing = folder / "state", optimizer, None
         self.writer = ThreadPoolExecutor(1)
-        self.group = dist.new_group(backend="gloo")  # the writers' messages must not mix with training's
+        self.group = dist.new_group(backend="gloo", timeout=timeout)  # not to mix with training's messages
         self.saved_at = time.monotonic()
         on_main(self.clear)
 
@@ -1089,9 +1091,9 @@ class Keeper:
         temporary = self.folder / f"step_{progress['step']:07d}.tmp"
         dcp.save(shards, checkpoint_id=temporary, process_group=self.group)
         if dist.get_rank() == 0:
-            files = {file.name: digest(np.memmap(file, mode="r")) for file in sorted(temporary.iterdir())}
-            write_json(temporary / "manifest.json", progress | {"files": files})
-            shutil.rmtree(temporary.with_suffix(""), ignore_errors=True)
+            write_json(temporary / "progress.json", progress)
+            digests = {file.name: digest(np.memmap(file, mode="r")) for file in temporary.iterdir()}
+            write_json(temporary / "manifest.json", digests)
             temporary.rename(temporary.with_suffix(""))
             for old in sorted(self.folder.glob("step_???????"))[:-2]:
                 shutil.rmtree(old)
@@ -1103,27 +1105,26 @@ class Keeper:
 
     def restore(self, log):
         """Loads the newest sound state in place; -> its progress, or None where there is no state."""
-        for path in sorted(self.folder.glob("step_???????"), reverse=True):
-            found = on_main(self.inspect, path)
-            if isinstance(found, dict):
-                shards = self.optimizer.shards()
-                dcp.load(shards, checkpoint_id=path, process_group=self.group)
-                for i, group in enumerate(self.optimizer.groups):
-                    group.load(shards[f"{i}"])
-                return found
-            log(f"state  {path.name} is unsound: {found}; going back to the one before it")
-        return None
+        path, progress = on_main(self.newest, log)
+        if path:
+            shards = self.optimizer.shards()
+            dcp.load(shards, checkpoint_id=path, process_group=self.group)
+            for i, group in enumerate(self.optimizer.groups):
+                group.load(shards[f"{i}"])
+        return progress
 
-    def inspect(self, path):
-        """The progress of a state whose files all have their digests; otherwise what is wrong with it."""
-        try:
-            progress = json.loads((path / "manifest.json").read_text())
-            for name, expected in progress["files"].items():
-                if digest(np.memmap(path / name, mode="r")) != expected:
-                    return f"{name} does not have its digest"
-            return progress
-        except (OSError, ValueError) as error:
-            return str(error)
+    def newest(self, log):
+        """The newest sound state and its progress. Those that are not sound are named and removed."""
+        for path in sorted(self.folder.glob("step_???????"), reverse=True):
+            try:
+                for name, expected in json.loads((path / "manifest.json").read_text()).items():
+                    if digest(np.memmap(path / name, mode="r")) != expected:
+                        raise ValueError(f"{name} does not have its digest")
+                return path, json.loads((path / "progress.json").read_text())
+            except (OSError, ValueError) as error:
+                log(f"state  {path.name} is unsound: {error}; going back to the one before it")
+                shutil.rmtree(path)
+        return None, None
 
 def on_main(function, *arguments):
     """Rank 0 calls the function; every rank gets its result, or ends as rank 0 does."""
@@ -1131,10 +1132,10 @@ def on_main(function, *arguments):
     if dist.get_rank() == 0:
         try:
             outcome = [function(*arguments)]
-        except SystemExit as end:
+        except (SystemExit, OSError) as end:
             outcome = [end]
     dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], SystemExit):
+    if isinstance(outcome[0], (SystemExit, OSError)):
         raise outcome[0]
     return outcome[0]
 
@@ -1146,42 +1147,36 @@ def open_run(c, args, data):
     launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} on {platform.node()} by {os.getppid()}"
     run = {"track": args.track, "seed": args.seed, "config": dataclasses.asdict(c),
            "data": {"name": data.name, **data.digests}, "source_sha256": SOURCE_SHA256}
-    folder, restarted = None, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if args.resume and args.resume != "newest":
+    runs = sorted((old["started"], path.parent, old["launch"]) for path in (ROOT / "runs").glob("*/run.json")
+                  if (old := json.loads(path.read_text()))["track"] == args.track)
+    unfinished = [folder for _, folder, _ in runs if not (folder / "result.json").exists()]
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if own := [folder for _, folder, by in runs if restarted and by == launch]:
+        folder = own[-1] if own[-1] in unfinished else sys.exit()  # a rank was lost after the end
+    elif args.resume == "newest":
+        folder = unfinished[-1] if unfinished else fail(f"no run of the track {args.track} is unfinished")
+    elif args.resume:
         folder = ROOT / "runs" / args.resume
-    elif args.resume or restarted:
-        unfinished = [(old["started"], path.parent) for path in (ROOT / "runs").glob("*/run.json")
-                      if not (path.parent / "result.json").exists()
-                      and (old := json.loads(path.read_text()))["track"] == args.track
-                      and (args.resume or old["launch"] == launch)]
-        if not unfinished and args.resume:
-            fail(f"there is no unfinished run of the track {args.track}")
-        folder = max(unfinished)[1] if unfinished else None
-    if folder is not None:
-        check_same_run(folder, run, args)
+        if not (folder / "run.json").exists():
+            fail(f"there is no run to resume in runs/{args.resume}")
     else:
         name = args.run_name or f"{args.track}_{datetime.now():%Y%m%d-%H%M%S}_s{args.seed}"
         folder = ROOT / "runs" / name
-        if folder.exists():
+        if any(path.name not in ("checkpoints", "run.json.tmp") for path in folder.glob("*")):
             fail(f"the run runs/{name} exists already; choose another --run-name, or --resume {name}")
-        (folder / "checkpoints").mkdir(parents=True)
-        write_atomic(folder / "train_gpt.py", lambda file: file.write(SOURCE))
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(folder / "run.json", run | {"launch": launch, "started": time.time()})
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the process ends
-    for _ in range(60):  # a process that was killed may take a moment to go
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return folder
-        except BlockingIOError:
-            time.sleep(0.5)
-    fail(f"another process is training in runs/{folder.name}; stop it first")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is training in runs/{folder.name}; stop it first")
+    write_json(folder / "run.json", check_same_run(folder, run, args) | {"launch": launch})
+    return folder
 
 def check_same_run(folder, run, args):
-    """A run goes on only as what it was: track, seed, configuration, data and source."""
-    try:
-        before = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError):
-        fail(f"there is no run to resume in runs/{folder.name}")
+    """A run goes on only as what it was: track, seed, configuration, data and source; -> its run.json."""
+    before = json.loads((folder / "run.json").read_text())
     if (folder / "result.json").exists():
         fail(f"the run {folder.name} is complete: see runs/{folder.name}/result.json")
     flat = lambda run: {**run["config"], **{name: run[name] for name in ("track", "seed", "data")}}
@@ -1191,6 +1186,7 @@ def check_same_run(folder, run, args):
         changed.append("train_gpt.py was edited since (--resume-anyway accepts that)")
     if changed:
         fail(f"the run {folder.name} cannot go on as another one: {'; '.join(changed)}")
+    return before
 
 
 # ---- The training loop -------------------------------------------------------------------------------------
@@ -1231,7 +1227,7 @@ def train(c, args, data, log, device, dtype, stop):
     model = make_model(c, data.vocab_size, device, dtype)
     initialise(model, c, args.seed)
     optimizer = Optimizer(model, c, dtype)
-    keeper = Keeper(log.folder, optimizer)
+    keeper = Keeper(log.folder, optimizer, timedelta(minutes=args.timeout))
     log(f"plan   {model.parameter_count():,} parameters, "
         f"{c.epochs} epochs of {stream.per_epoch * c.seq_len:,} tokens, "
         f"{schedule.steps} steps of {c.batch_tokens:,}, {schedule.training_flops(data.vocab_size):.3g} FLOPs")
@@ -1256,9 +1252,10 @@ def train(c, args, data, log, device, dtype, stop):
         return result
 
     def save_state(step):
-        size = (log.folder / "metrics.jsonl").stat().st_size if log.main else 0
-        keeper.save({"step": step, "metrics_bytes": size, "train_seconds": train_seconds,
-                     "wall_seconds": wall_seconds()})
+        with open(log.folder / "metrics.jsonl", "a") as file:
+            os.fsync(file.fileno())
+            keeper.save({"step": step, "metrics_bytes": file.tell(), "train_seconds": train_seconds,
+                         "wall_seconds": wall_seconds()})
 
     if first:
         log(f"resume at step {first}, after {train_seconds / 60:.1f} minutes of training")
@@ -1279,8 +1276,7 @@ def train(c, args, data, log, device, dtype, stop):
         squares = optimizer.step(lr, weight_decay, momentum, step + 1)
         # One message tells all ranks the loss, the gradient's norm, and whether one was told to stop or save.
         save_due = time.monotonic() > keeper.saved_at + 60 * args.save_every
-        flags = loss.new_tensor((save_due, stop.name is not None))
-        report = torch.cat((torch.stack((loss, squares)), flags))
+        report = torch.stack((loss, squares, *loss.new_tensor((save_due, stop.name is not None))))
         dist.all_reduce(report)
         loss, squares, save_due, stopping = report.tolist()
         train_seconds += time.perf_counter() - began
@@ -1312,8 +1308,8 @@ def train(c, args, data, log, device, dtype, stop):
         if stopping and step + 1 < steps:
             keeper.wait()
             dist.barrier()
-            quit_run(75, f"stopped by a signal after step {step}; go on with: "
-                         f"./run.sh {args.track} --resume {log.folder.name}")
+            quit_run(75, f"stopped by a signal after step {step}; to go on, give the same command and "
+                         f"--resume {log.folder.name}")
     keeper.wait()
     bar.close()
     last = schedule.epoch(steps - 1)
@@ -1332,10 +1328,9 @@ def finish(c, args, data, log, machine, model, members, steps, seconds):
             model, log.folder / "checkpoints", members, data, split, args.device_batch)
         documents |= {f"{split}_{name}": values for name, values in scores[split].documents.items()}
     schedule = Schedule(c, len(data.splits["train"]) // (c.seq_len + 1))
+    totals = {f"{split}_{name}": getattr(scores[split], name) for split in scores for name in ("loss", "bpb")}
     r = {
-        "track": args.track, "seed": args.seed, "config": dataclasses.asdict(c),
-        "val_loss": scores["val"].loss, "val_bpb": scores["val"].bpb,
-        "audit_loss": scores["audit"].loss, "audit_bpb": scores["audit"].bpb,
+        "track": args.track, "seed": args.seed, "config": dataclasses.asdict(c), **totals,
         "members": [{"checkpoint": m.checkpoint, "weight": m.weight, "val_loss": loss}
                     for m, loss in zip(members, losses["val"])],
         "parameters": model.parameter_count(), "tokens_seen": steps * c.batch_tokens,
@@ -1351,7 +1346,7 @@ def finish(c, args, data, log, machine, model, members, steps, seconds):
         f"trained on {data.name}, not on the track's {dataset}": data.name != dataset,
     }.items() if broken]
     r["complete"] = True
-    log.metric("final", step=steps, **{f"{split}_loss": scores[split].loss for split in scores})
+    log.metric("final", step=steps, **totals)
     log.plot(final=r["val_loss"])
     if log.main:
         write_atomic(log.folder / "doc_losses.npz", lambda file: np.savez_compressed(file, **documents))
@@ -1389,6 +1384,7 @@ def parse_args(argv):
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a run (default the newest)")
     add("--resume-anyway", action="store_true", help="even if train_gpt.py was edited since")
     add("--save-every", type=float, default=5, metavar="MIN", help="minutes between states (default 5)")
+    add("--timeout", type=float, default=10, metavar="MIN", help="that ranks wait for another (default 10)")
     add("--max-steps", type=int, metavar="N", help="stop early; the run is no record")
     add("--wandb", nargs="?", const="slowrun", metavar="PROJECT", help="log to Weights & Biases, offline too")
     group = parser.add_argument_group("fields of the configuration (defaults are the limited track's)")
@@ -1400,7 +1396,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.track not in TRACKS:
         fail(f"there is no track {args.track}; the tracks are {', '.join(TRACKS)}")
-    for name, low in (("seed", 0), ("device_batch", 1), ("max_steps", 1), ("save_every", 0)):
+    for name, low in (("seed", 0), ("device_batch", 1), ("max_steps", 1), ("save_every", 0), ("timeout", 0)):
         if (value := getattr(args, name)) is not None and value < low:
             fail(f"--{name.replace('_', '-')} {value} is out of range: {low} or more")
     if args.run_name and not re.fullmatch(r"[\w.+=-]+", args.run_name):
@@ -1455,15 +1451,13 @@ def check_batch(c, args, world):
     if share % args.device_batch:
         fail(f"--device-batch {args.device_batch} does not divide a rank's {share} sequences per step")
 
-def main(argv=None):
-    stop = StopSignal()
+def main(stop, argv=None):
     c, args = parse_args(argv)
     device, device_name, dtype, reason = pick_device(args)
     compiled = setup_compile(args.compile, device)
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout), **alone)
     check_batch(c, args, dist.get_world_size())
     folder = args.data or ROOT / "data" / c.dataset
     data = Dataset(folder, f"./run.sh data {c.dataset}")
@@ -1486,8 +1480,19 @@ def main(argv=None):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
+    stop = StopSignal()
     try:
-        main()
+        main(stop)
+    except dcp.CheckpointException as error:  # the same on all ranks
+        fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if stop.name:
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(10)  # torchrun ends all ranks when it has lost one; otherwise one of them does not answer
+        os._exit(4)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

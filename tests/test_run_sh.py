@@ -316,35 +316,106 @@ def test_traceback_is_kept(real):
     assert "torch" not in stderr
 
 
-def test_killed_worker_is_named(real):
-    (real / "train_gpt.py").write_text(
-        "import os, signal, time\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "time.sleep(60)\n")
-    code, _, stderr = run(real, NPROC="2")
+KILLED_TWICE = """
+import os, pathlib, signal, sys, time
+with open('starts' + os.environ['RANK'], 'a') as starts:
+    starts.write('x')
+if os.environ['RANK'] == '1' and int(os.environ['TORCHELASTIC_RESTART_COUNT']) < 2:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(1)
+"""
+
+
+def test_killed_rank_starts_all_ranks_again(real):
+    (real / "train_gpt.py").write_text(KILLED_TWICE)
+    code, _, stderr = run(real, NPROC="2", cwd=real)
+    assert code == 0
+    assert stderr == "rank 1 was ended by SIGKILL; starting again from the last state\n" * 2
+    assert [(real / f"starts{rank}").read_text() for rank in range(2)] == ["xxx", "xxx"]
+
+
+def test_killed_rank_is_named_when_it_was_killed_too_often(real):
+    (real / "train_gpt.py").write_text(KILLED_TWICE)
+    code, _, stderr = run(real, NPROC="2", cwd=real, PET_MAX_RESTARTS="1")
     assert code == 128 + signal.SIGKILL
-    assert stderr.startswith("error: rank 1 ") and "SIGKILL" in stderr and stderr.count("\n") == 1
+    assert stderr.splitlines()[1:] == ["error: rank 1 was ended by SIGKILL"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_signals_reach_the_workers_and_are_waited_for(real, signum):
-    (real / "train_gpt.py").write_text(
-        "import os, pathlib, signal, sys, time\n"
-        "rank = os.environ['RANK']\n"
-        "def stop(signum, frame):\n"
-        "    time.sleep(0.5)\n"
-        "    pathlib.Path('stopped' + rank).write_text(str(int(signum)))\n"
-        "    sys.exit()\n"
-        f"signal.signal({int(signum)}, stop)\n"
-        "pathlib.Path('started' + rank).touch()\n"
-        "time.sleep(60)\n")
+@pytest.mark.parametrize("code", [1, 2, 3, 75])
+def test_a_rank_that_ends_by_itself_is_not_started_again(real, code):
+    source = KILLED_TWICE.replace("os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({code})")
+    (real / "train_gpt.py").write_text(source)
+    assert run(real, NPROC="2", cwd=real) == (code, "", "")
+    assert (real / "starts1").read_text() == "x"
+
+
+STOPS = """
+import os, pathlib, signal, sys, time
+rank = os.environ['RANK']
+def stop(number, frame):
+    time.sleep(0.5)
+    pathlib.Path('stopped' + rank).write_text(signal.Signals(number).name)
+    sys.exit(75)
+for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+    signal.signal(number, stop)
+pathlib.Path(f'started{rank}').write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def started(real):
+    """The process ids of its two ranks, once they are there."""
+    files = [real / f"started{rank}" for rank in range(2)]
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    return [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("name, sent", [("SIGINT",) * 2, ("SIGTERM",) * 2, ("SIGUSR1",) * 2, ("SIGHUP", "SIGTERM")])
+def test_signals_reach_the_ranks_and_are_waited_for(real, name, sent):
+    (real / "train_gpt.py").write_text(STOPS)
     process = start(real, NPROC="2", cwd=real)
-    wait_for(lambda: all((real / f"started{rank}").exists() for rank in range(2)))
-    process.send_signal(signum)
+    started(real)
+    process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (128 + signum, "")
-    assert [(real / f"stopped{rank}").read_text() for rank in range(2)] == [str(int(signum))] * 2
+    assert (process.returncode, stderr) == (75, "")
+    assert [(real / f"stopped{rank}").read_text() for rank in range(2)] == [sent] * 2
+
+
+def test_signal_before_the_ranks_can_handle_it(real):
+    (real / "train_gpt.py").write_text(STOPS.replace("signal.signal(number, stop)", "pass"))
+    process = start(real, NPROC="2", cwd=real)
+    started(real)
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (128 + signal.SIGTERM, "")
+
+
+def running(pid):
+    """Is there such a process, and not as a zombie, which nobody may collect in a container?"""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return state != "" and not state.startswith("Z")
+
+
+@pytest.mark.skipif("SLOWRUN_KILLS" not in os.environ, reason="torchrun waits for 30 seconds before it kills")
+def test_a_rank_that_does_not_answer_is_named(real):
+    (real / "train_gpt.py").write_text(
+        "import os, signal, sys, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "time.sleep(1)\n"
+        "sys.exit(4)\n")
+    error = "error: rank 1 does not answer; --resume goes on from the last state\n"
+    assert run(real, NPROC="2") == (4, "", error)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends the children of a killed process")
+def test_ranks_do_not_outlive_a_killed_torchrun(real):
+    (real / "train_gpt.py").write_text(STOPS)
+    process = start(real, NPROC="2", cwd=real)
+    ranks = started(real)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(running, ranks)), seconds=5)
 
 
 # ---- Style ---------------------------------------------------------------------------------------

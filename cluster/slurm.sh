@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Slowrun on Slurm: sbatch --nodes 4 --gpus-per-node 8 --time 24:00:00 cluster/slurm.sh TRACK [FLAGS]
+#
+# TRACK and FLAGS are those of ./run.sh. The job's run is runs/slurm_JOB, on a folder that all nodes share. Five
+# minutes before the time is up, or when it is preempted, the job saves a state and is queued again; it goes on
+# with its run when it starts again, also after `scontrol requeue JOB` and when a node has failed.
+#SBATCH --job-name=slowrun
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+set -uo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+track=$1 run=slurm_$SLURM_JOB_ID
+shift
+export PET_NNODES=$SLURM_JOB_NUM_NODES PET_RDZV_BACKEND=c10d PET_RDZV_ID=$SLURM_JOB_ID
+PET_RDZV_ENDPOINT=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1):$((20000 + SLURM_JOB_ID % 10000))
+export PET_RDZV_ENDPOINT
+if [[ -e runs/$run/run.json ]]; then
+    again=(--resume "$run")
+else
+    again=(--run-name "$run")
+fi
+
+srun ./run.sh "$track" "$@" "${again[@]}" &
+step=$!
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0"' USR1 TERM # to all nodes; the ranks save and end with 75
+until wait $step; code=$?; ! kill -0 $step 2>/dev/null; do :; done # a signal ends the first wait
+[[ $code != 75 ]] || scontrol requeue "$SLURM_JOB_ID"
+exit $code
