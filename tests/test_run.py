@@ -347,7 +347,7 @@ def test_score_is_that_of_a_plain_count(contestant, learned, project, split):
 def test_predictor_is_the_weighted_mean_of_its_members_probabilities(contestant, learned, project, tmp_path):
     run, sequences = learned[1], cut(project, "val")
     members = result_of(run)["members"]
-    assert [m["checkpoint"] for m in members] == ["epoch_0002.pt", "epoch_003.pt"]
+    assert [m["checkpoint"] for m in members] == ["epoch_0002.pt", "epoch_0003.pt"]
     assert [m["weight"] for m in members] == pytest.approx([1 / 3, 2 / 3])
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run/checkpoints/predictor.json"
