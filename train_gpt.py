@@ -4,7 +4,7 @@ Slowrun: the lowest validation loss on a fixed 100M tokens, with as much compute
 This file is the contestant: model, optimizer, data order, schedules, scoring and the loop, in reading order.
 
     ./run.sh                        the nano track: a laptop CPU, minutes
-    ./run.sh smoke                  the same in about a minute
+    ./run.sh smoke                  a twentieth of it, for a first look
     ./run.sh limited --seed 43      8xH100, one hour (after ./run.sh data fineweb100M)
     ./run.sh limited --resume       goes on with a run that was interrupted, as if it had not been
     torchrun --standalone --nproc-per-node 8 train_gpt.py --track limited
