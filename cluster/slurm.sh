@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
 set -uo pipefail
-cd "$SLURM_SUBMIT_DIR"
+cd "$SLURM_SUBMIT_DIR" || exit
 
 track=$1 run=slurm_$SLURM_JOB_ID
 shift

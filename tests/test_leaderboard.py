@@ -572,3 +572,10 @@ def test_power_and_efficiency(filled):
         "efficiency", 2.5
     )
     assert "no curve for moon" in filled("efficiency", 3.0, "--data", "moon", ok=False)
+
+
+@pytest.mark.parametrize("command", [("check",), ("render", "--check")])
+def test_the_records_of_this_repository_are_sound_and_rendered(command):
+    """So a pull request with a bad record, or with stale tables, fails."""
+    done = subprocess.run([sys.executable, ROOT / "records/leaderboard.py", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
