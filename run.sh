@@ -9,8 +9,13 @@
 # TRACK is one of
 #   nano                                   the default: the full recipe on 1M tokens, minutes on two CPU cores
 #   smoke                                  one twentieth of nano, for a first look
-#   limited                                100M tokens on 8xH100 for 60 minutes
-# Planned, and refused by train_gpt.py so far: nano_unlimited tiny two_hour unlimited unlimited_snapshots
+#   nano_unlimited                         the same data, any compute: an ensemble of such models
+#   tiny                                   100M tokens on 8xH100 for 15 minutes
+#   limited                                the same for 60 minutes
+#   two_hour                               the same for 120 minutes
+#   unlimited                              100M tokens, up to 64 H100 for 7 days: an ensemble
+#   unlimited_snapshots                    the same by snapshots, of which held-out training tokens choose
+# ./run.sh TRACK --plan says what it takes. The tracks of 100M tokens need ./run.sh data fineweb100M first.
 #
 # The first start makes .venv and installs requirements.txt into it, again only when that file changes; the
 # nano tracks build data/nano when it isn't there. data/ and runs/ lie in this folder, wherever it is started

@@ -7,8 +7,10 @@ This file is the contestant: model, optimizer, data order, schedules, scoring an
     ./run.sh smoke                  a twentieth of it, for a first look
     ./run.sh limited --seed 43      8xH100, one hour (after ./run.sh data fineweb100M)
     ./run.sh limited --resume       goes on with a run that was interrupted, as if it had not been
+    ./run.sh unlimited --plan       what it would take: parameters, memory, hours, money
+    ./run.sh nano --eval RUN        scores a run again from its checkpoints
     torchrun --standalone --nproc-per-node 8 train_gpt.py --track limited
-    python train_gpt.py --track nano --epochs 4 --n-layer 6
+    python train_gpt.py --track nano --config records/published/limited_07.json
 
 It trains on any number of ranks, one process per GPU or CPU process, and writes runs/<name>/:
 
@@ -19,12 +21,16 @@ It trains on any number of ranks, one process per GPU or CPU process, and writes
 
 A run is a pure function of its configuration and seed. No random generator has a state: which tokens a step
 sees and which activations it drops follow from (seed, position in the stream), so neither the number of ranks
-nor the device batch changes the run beyond float rounding, and a resumed run repeats the unbroken one. The
-recipe is that of limited #20 of the slowrun leaderboard; a number like (#7) names the limited record that a
-technique comes from. Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = C / H channels,
-V tokens in the vocabulary.
+nor the device batch changes the run beyond float rounding, and a resumed run repeats the unbroken one.
+
+A track is a row of TRACKS; a number like (#7) names the record of the limited track that a technique comes
+from. A run trains one model, or several members one after another, each of which may learn from the one
+before. Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = C / H channels, V tokens in
+the vocabulary.
 """
 import argparse
+import copy
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -33,6 +39,8 @@ import gc
 import hashlib
 import importlib
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -44,6 +52,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -56,8 +65,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -74,62 +84,101 @@ class Config:
     dataset: str = "fineweb100M"      # the folder under data/ with the tokens
     seq_len: int = 2048               # [16, 65536] T: tokens that a sequence feeds to the model
     batch_tokens: int = 524288        # [16, 100000000] tokens per optimizer step, all ranks together
-    epochs: int = 11                  # [1, 10000] passes over the training tokens
+    batch_tokens_ends: int = 0        # [0, 100000000] in a chain's first and last quarter; 0: no difference
+    epochs: int = 11                  # [1, 10000] passes over the training tokens, for each member
     shuffle: str = "document"         # {document, sequence, none} what is permuted anew in every epoch
+    fitness_tokens: int = 0           # [0, 100000000] training tokens set aside to weigh members by
     # model
     n_layer: int = 30                 # [2, 1000] transformer blocks, an even number: half encode, half decode
     n_head: int = 14                  # [1, 1000] attention heads
     n_embd: int = 1792                # [32, 100000] C: width of the residual stream
+    mlp: str = "swiglu"               # {swiglu, relu2} the feed-forward layer
     softcap: float = 10.0             # [1, 40] logits are bounded to +-softcap by a tanh
-    short_window: int = 1024          # [1, 65536] keys before its own that a token sees in a short layer
-    windows: str = "SSSL"             # short and long (whole context) layers, repeated; the last one is long
+    windows: str = "SSSL"             # short and long layers, repeated; the last one is long
+    window_stages: str = "1:0.5/1"    # epoch:short/long ..., shares of seq_len; YaRN when it grows
+    rope: str = "full"                # {full, half} half: half of the rotary pairs stand still
+    key_offset: bool = False          # half of each key of a long layer is that of the position before
     unet_skips: bool = True           # decoder layers also take the output of their encoder twin (#5)
-    value_proj: bool = True           # every second layer adds projected embeddings to its values (#3)
+    values: str = "proj"              # {proj, table, none} every second layer adds a projected embedding (#3)
     head_gate: bool = True            # a sigmoid gate per head, from the first 12 channels (#6)
     head_mixing: bool = True          # heads are learned mixtures of heads, IHA (#17)
-    mtp: str = "block"                # {block, none} one more block predicts the token after the next (#16)
-    mtp_weight: float = 0.3           # [0, 10] the share of that prediction in the training loss
+    xsa: str = "none"                 # {none, learned, fixed} takes out what points along the own value
+    xsa_layers: int = 1000            # [0, 1000] the first so many layers do
+    mtp: str = "block"                # {block, head, none} a block predicts the token after the next (#16)
+    mtp_weight: float = 0.3           # [0, 10] the block's share in the training loss
+    mtp_until: float = 0.66           # [0.01, 1] head: share of the steps with more than one target
     replay: str = "15-20"             # layers that are run again, first-last (#7); none: no layer
     replay_passes: int = 3            # [1, 100] how often they are run in all (#8)
     replay_from: int = 7              # [1, 10000] the epoch from which they are replayed
+    passes: int = 1                   # [1, 10] of the whole network; the gradient goes through the last
+    passes_from: float = 0.7          # [0, 1] the share of the steps before there is more than one
+    lam_init: float = 1.0             # [0, 10] what the stream is multiplied by before each block, at first
+    out_init: str = "normal"          # {normal, zero} the last matrix of attention and MLP (#14)
     # regularisation
     dropout: float = 0.1              # [0, 0.9] on the outputs of attention and MLP
+    dropout_mlp: bool = True          # on those of the MLP too
     stochastic_depth: float = 0.05    # [0, 0.9] chance to skip the last layer, down to 0 at the first (#15)
     weight_decay: float = 1.3         # [0, 100] of matrices, embedding and head
-    wd_schedule: str = "antiphase"    # {antiphase, constant} antiphase rises as each lr cycle falls (#20)
+    wd_scale: float = 1.0             # [0, 100] multiplies it, as the model's size wants
+    wd_schedule: str = "antiphase"    # antiphase to the lr (#20), constant, or epoch:multiplier ...
     # optimizer
+    optimizer: str = "muon"           # of the matrices: muon, adamw, or package.module:Class
+    optimizer_args: str = "{}"        # of that class, as JSON
     lr_scale: float = 0.25            # [0, 1000] multiplies the learning rates below, but for lr_mixing
-    lr_matrix: float = 0.04           # [0, 1000] Muon: all matrices inside blocks
+    lr_matrix: float = 0.04           # [0, 1000] all matrices inside blocks
     lr_embed: float = 0.15            # [0, 1000] AdamW: token embedding
     lr_head: float = 0.002            # [0, 1000] AdamW: output head
     lr_scalar: float = 0.1            # [0, 1000] AdamW: residual scalars (lambda and skips take 1% of it)
     lr_mixing: float = 0.02           # [0, 1000] AdamW: head mixing
+    gate_optimizer: str = "muon"      # {muon, adamw} of the gates; adamw by lr_scalar, without decay
     row_norm: bool = True             # Muon normalises the rows of its update first, MuonEq-R (#18)
+    momentum_warmup: int = 300        # [0, 100000] steps in which Muon's momentum rises from 0.85 to 0.95
+    grad_clip: float = 0.0            # [0, 1000] the gradient's largest norm; 0: any
     warmdown: float = 0.2             # [0, 1] share of the steps over which the learning rate falls
     warmdown_power: float = 0.5       # [0.01, 10] shape of the fall: 1 is linear, 0.5 a square root (#20)
+    lr_floor: float = 0.0             # [0, 1] what it falls to
     cycles: int = 3                   # [0, 10000] epochs at the end with a cosine cycle of the lr each (#13)
     # the predictor
     average: int = 3                  # [1, 10000] epochs at the end whose checkpoints are averaged (#12)
     average_weights: str = "recency"  # {recency, equal} their weights: 1, 2, 3, ... or all the same
+    average_kind: str = "probs"       # {probs, weights, ema, blend} what is averaged, and how
+    keep_final: float = 0.7           # [0, 1] blend: share of the last weights; the rest is an EMA
+    # the ensemble
+    members: int = 1                  # [1, 10000] models, trained one after another and mixed
+    first_epochs: int = 0             # [0, 10000] epochs of members that have no teacher; 0: as the others
+    drop_first: bool = False          # the first member only teaches
+    distill: float = 0.0              # [0, 0.99] alpha: the teacher's share in the loss
+    temperature: float = 1.0          # [1, 100] at which teacher and student are compared
+    distill_from: int = 1             # [1, 10000] members of a chain before the first that has a teacher
+    restarts: bool = False            # a member goes on from the weights of the one before: snapshots
+    perturb: float = 0.0              # [0, 10] noise between snapshots, in standard deviations, at first
+    perturb_last: float = 0.05        # [0, 10] and at last
+    top: int = 0                      # [0, 10000] members that fitness tokens select; 0: all of them
+    mix: str = "probs"                # {probs, logits} what the mixture of members averages
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_field(field, getattr(self, field.name))
         if self.n_embd % self.n_head:
             fail(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}")
-        if self.head_dim % 2:
-            fail(f"heads of {self.head_dim} channels: rotary embedding needs an even number; change --n-head")
+        if self.head_dim % 4:
+            fail(f"heads of {self.head_dim} channels: rotary pairs need a multiple of 4; change --n-head")
         if self.n_layer % 2:
             fail(f"--n-layer {self.n_layer} is odd; the U-Net needs an even number of layers")
-        if self.batch_tokens % self.seq_len:
-            fail(f"--batch-tokens {self.batch_tokens} is not a multiple of --seq-len {self.seq_len}")
-        if max(self.cycles, self.average) > self.epochs:
-            fail(f"--cycles {self.cycles} and --average {self.average} take at most --epochs {self.epochs}")
-        if not re.fullmatch("[SL]+", self.windows):
-            fail(f"--windows {self.windows}: only the letters S and L")
+        for flag, tokens in ("", self.batch_tokens), ("-ends", self.batch_tokens_ends):
+            if tokens % self.seq_len:
+                fail(f"--batch-tokens{flag} {tokens} is not a multiple of --seq-len {self.seq_len}")
+        if max(self.cycles, self.average) > (epochs := min(self.epochs, self.first_epochs or self.epochs)):
+            fail(f"--cycles {self.cycles} and --average {self.average}: a member has {epochs} epochs")
         first, last = self.replayed or (self.n_layer // 2, self.n_layer // 2)
         if not self.n_layer // 2 <= first <= last < self.n_layer:
             fail(f"--replay {self.replay}: decoder layers are {self.n_layer // 2}-{self.n_layer - 1}")
+        if self.members > 1 and self.average_kind == "probs" and self.average > 1:
+            fail(f"--members {self.members} have one checkpoint each: --average 1, or another --average-kind")
+        if self.restarts and self.average_kind != "probs":
+            fail("--restarts goes on from a member's last weights: --average-kind probs")
+        if self.top and not self.fitness_tokens > self.seq_len:
+            fail("--top selects by --fitness-tokens, which must hold a sequence or more")
 
     @property
     def head_dim(self):
@@ -137,8 +186,8 @@ class Config:
 
     @property
     def mlp_hidden(self):
-        """SwiGLU width: 8/3 of the channels, rounded up to a multiple of 256."""
-        return -(-(8 * self.n_embd // 3) // 256) * 256
+        """Of relu2 four times the channels, of SwiGLU 8/3, rounded up to a multiple of 256."""
+        return 4 * self.n_embd if self.mlp == "relu2" else -(-(8 * self.n_embd // 3) // 256) * 256
 
     @property
     def batch_sequences(self):
@@ -147,20 +196,20 @@ class Config:
     @property
     def replayed(self):
         """The first and the last replayed layer, or None."""
-        if self.replay == "none":
-            return None
-        if not re.fullmatch(r"\d+-\d+", self.replay):
-            fail(f"--replay {self.replay}: write first-last, as in 15-20, or none")
-        return tuple(map(int, self.replay.split("-")))
+        return None if self.replay == "none" else tuple(map(int, self.replay.split("-")))
 
     def value_layer(self, layer):
-        """Every second block has a value projection, the last one included, the MTP block (n_layer) not."""
-        return self.value_proj and layer % 2 == (self.n_layer - 1) % 2
+        """Every second block injects values, the last one included, the MTP block (n_layer) not."""
+        return self.values != "none" and layer % 2 == (self.n_layer - 1) % 2
 
-    def window(self, layer):
-        """Keys before its own that a layer's tokens see: for the last and the MTP block the whole context."""
-        long = layer >= self.n_layer - 1 or self.windows[layer % len(self.windows)] == "L"
-        return self.seq_len if long else min(self.short_window, self.seq_len)
+    def long_layer(self, layer):
+        return layer >= self.n_layer - 1 or self.windows[layer % len(self.windows)] == "L"
+
+    def window(self, layer, stage):
+        """Keys before its own that a layer's tokens see; in the MTP block (n_layer) the whole context."""
+        _, short, long = knots(self.window_stages)[stage]
+        share = 1 if layer == self.n_layer else long if self.long_layer(layer) else short
+        return max(1, round(share * self.seq_len))
 
     def layer_order(self, replay):
         """The blocks in the order in which they are executed."""
@@ -170,28 +219,66 @@ class Config:
             order[last + 1:last + 1] = order[first:last + 1] * (self.replay_passes - 1)
         return order
 
+    def member(self, link, links):
+        """The configuration of a member by its place in its chain, from 0, of `links`."""
+        changes = {}
+        if link < self.distill_from:
+            changes["distill"] = 0.0
+            if self.first_epochs:
+                before_replay = -(-(self.replay_from - 1) * self.first_epochs // self.epochs)
+                changes |= {"epochs": self.first_epochs, "replay_from": before_replay + 1}
+        if self.batch_tokens_ends and abs(2 * link / max(1, links - 1) - 1) > 0.5:
+            changes["batch_tokens"] = self.batch_tokens_ends
+        return dataclasses.replace(self, **changes)
+
 # A track is a row: the fields in which its preset differs from the defaults above, the limited track's.
-NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=8, n_layer=4, n_head=2, n_embd=128,
-            short_window=128, replay="2-2", replay_from=6, lr_scale=4.0, weight_decay=0.2, dropout=0.05)
+NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=7, n_layer=4, n_head=2, n_embd=192,
+            window_stages="1:0.25/1", replay="2-2", replay_from=5, lr_scale=4.0, wd_scale=0.154, cycles=2,
+            average=2)
+UNLIMITED = dict(n_head=16, n_embd=2048, softcap=15.0, replay="15-24", replay_passes=5, stochastic_depth=0.0,
+                 warmdown_power=1.0, cycles=0, average=1, grad_clip=1.0)
 TRACKS = {
     "nano": NANO,
-    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=56, epochs=2, replay="1-1", replay_from=2, cycles=1,
-                         average=2),
+    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=32, epochs=2, replay="1-1", replay_from=2, cycles=1),
+    "tiny": dict(n_layer=16, n_head=8, n_embd=1024, softcap=15.0, rope="half", key_offset=True,
+                 head_mixing=False, xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1,
+                 out_init="zero", dropout_mlp=False, stochastic_depth=0.0, weight_decay=0.8,
+                 wd_schedule="2:1 8:0.125 15:1.1625", lr_scale=0.8, lr_head=0.001, lr_scalar=0.25,
+                 gate_optimizer="adamw", row_norm=False, epochs=15, warmdown=0.4, warmdown_power=1.0,
+                 cycles=4, average=4, average_kind="weights"),
     "limited": {},
+    "two_hour": dict(window_stages="1:0.125/0.375 7:0.375/0.875 14:0.625/1", replay_from=14, epochs=22,
+                     cycles=8, average=11),
+    "nano_unlimited": NANO | dict(epochs=4, replay_from=3, average=1, members=8, distill=0.7),
+    "unlimited": UNLIMITED | dict(shuffle="sequence", wd_schedule="constant", epochs=32, replay_from=17,
+                                  members=20, first_epochs=16, drop_first=True, distill=0.7,
+                                  average_kind="blend", keep_final=0.6),
+    "unlimited_snapshots": UNLIMITED | dict(
+        wd_schedule="0:0.7 2:1", momentum_warmup=0, warmdown=1.0, lr_floor=0.08, epochs=2, replay_from=1,
+        members=480, restarts=True, distill=0.45, temperature=1.2, distill_from=8, batch_tokens_ends=393216,
+        perturb=0.25, fitness_tokens=132000, top=256),
 }
 # What a run of the track may use, by the field of its result.json.
 CAPS = {
     "nano": ("training_flops", 2e14),
     "smoke": ("training_flops", 1e13),
+    "tiny": ("train_seconds", 900),
     "limited": ("train_seconds", 3600),
+    "two_hour": ("train_seconds", 7200),
+    "unlimited": ("gpu_seconds", 64 * 7 * 86400),
+    "unlimited_snapshots": ("gpu_seconds", 64 * 7 * 86400),
 }
+# Vocabulary, training tokens and machine, for plans that are made before there is the data.
+DATASETS = {"nano": (4096, 1_000_000, "cpu"), "fineweb100M": (50257, 100_000_000, "cuda")}
+
+LEADS_TEAM = False  # this rank is the first of its team, which may meet what no other does
 
 def quit_run(code, message):
     """
     Ends every rank with one line and no traceback. They all get here for the same reason; one of them speaks.
     The codes: 2 a user's mistake, 3 a loss or gradient that is not finite, 75 a signal (the run can go on).
     """
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or LEADS_TEAM:
         print(f"{'error: ' if code != 75 else ''}{message}", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -204,6 +291,20 @@ def fail(message):
 # {field: (permitted values, help)} from the comments of Config, the one place where both are written.
 COMMENTS = {name: rest for name, *rest in re.findall(
     r"^    (\w+): \w+ = .*?# (?:(\[[^\]]*\]|\{[^}]*\}) )?(.*)$", inspect.getsource(Config), re.M)}
+# How the fields that are little languages are written, and an example.
+NUMBER, SHARE = r"\d+(\.\d+)?", r"(1|0\.\d+)"
+FORMS = {
+    "windows": ("[SL]+", "SSSL"),
+    "window_stages": (rf"1:{SHARE}/{SHARE}( \d+:{SHARE}/{SHARE})*", "1:0.25/0.5 7:0.5/1"),
+    "replay": (r"none|\d+-\d+", "15-20, or none"),
+    "wd_schedule": (rf"antiphase|constant|{NUMBER}:{NUMBER}( {NUMBER}:{NUMBER})*", "2:1 8:0.125 15:1.2"),
+    "optimizer": (r"muon|adamw|[\w.]+:\w+", "torch.optim:Adafactor"),
+    "optimizer_args": (r"\{.*\}", '{"momentum": 0.9}'),
+}
+
+def knots(text):
+    """'1:0.25/0.5 7:0.5/1' -> [[1, 0.25, 0.5], [7, 0.5, 1]]: epochs, and what holds there."""
+    return [list(map(float, re.split("[:/]", knot))) for knot in text.split() if ":" in knot]
 
 def check_field(field, value):
     """The value has the field's type and is one of those that its comment permits."""
@@ -216,9 +317,21 @@ def check_field(field, value):
         low, high = map(float, allowed[1:-1].split(","))
         if not low <= value <= high:
             fail(f"{flag} {value} is out of range: {low:g} to {high:g}")
+    form, example = FORMS.get(field.name, (".*", ""))
+    if isinstance(value, str) and not re.fullmatch(form, value):
+        fail(f"{flag} {value}: write it as {example}")
+    epochs = [knot[0] for knot in knots(value)] if field.name in ("window_stages", "wd_schedule") else []
+    if sorted(set(epochs)) != epochs:
+        fail(f"{flag} {value}: the epochs must ascend")
 
 
 # ---- Model -------------------------------------------------------------------------------------------------
+
+class Mode(NamedTuple):
+    """How the network is run. It changes during training; a predictor states it for each of its members."""
+    replay: bool     # some layers are run again
+    passes: int      # of the whole network
+    stage: int       # of the windows
 
 def weight(*shape):
     """A parameter without values; `initialise` fills it by the parameter table."""
@@ -232,11 +345,22 @@ def linear(x, w):
     """x W^T. Weights are float32 masters, cast where they are used; the stream's dtype is the embedding's."""
     return F.linear(x, w.to(x.dtype))
 
-def rope_tables(c, device, dtype):
-    """Rotary embedding (Su et al. 2021, arXiv 2104.09864): cos and sin, (T, 1, D/2), computed in float32."""
-    frequency = 10000.0 ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float32, device=device) / c.head_dim)
-    angle = torch.outer(torch.arange(c.seq_len, dtype=torch.float32, device=device), frequency)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def rotary(c, stage, device):
+    """
+    Rotary embedding (Su et al. 2021, arXiv 2104.09864) -> (angles per position (D/2,) in float32, scale of
+    the scores). Whenever the long window has grown, YaRN (Peng et al. 2023, arXiv 2309.00071) stretches the
+    slow pairs, those that turn less than 32 times in it.
+    """
+    pairs = c.head_dim // 2
+    turning = pairs // 2 if c.rope == "half" else pairs
+    frequency = 10000.0 ** (-torch.arange(turning, dtype=torch.float32, device=device) / turning)
+    frequency, scale = F.pad(frequency, (0, pairs - turning)), c.head_dim ** -0.5
+    windows = (c.window(c.n_layer - 1, s) for s in range(stage + 1))
+    for old, new in itertools.pairwise(itertools.accumulate(windows, max)):
+        keep = ((old * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequency = frequency * (old / new + keep * (1 - old / new))
+        scale *= 0.2 * math.log(new / old) + 1
+    return frequency, scale
 
 def rotate(x, rope):
     """Rotates the pairs (x_f, x_{f + D/2}) of x (B, T, H, D) by their position's angles."""
@@ -248,8 +372,10 @@ def dropout(x, p, key):
     """
     Zeroes entries of x (B, T, C) with probability p; the others grow by 1 / (1 - p). The mask hashes the
     place with key (B, 2) int32, which belongs to one sequence and one dropout of the network. The key's
-    numbers make an offset and an odd factor; multiply-and-shift rounds as in murmur3 follow.
+    numbers make an offset and an odd factor; multiply-and-shift rounds as in murmur3 follow. No key: x.
     """
+    if key is None or p == 0:
+        return x
     place = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device).view(1, *x.shape[1:])
     h = (place ^ key[:, 0, None, None]) * (key[:, 1, None, None] | 1)
     h = (h ^ ((h >> 15) & 0x1FFFF)) * -2048144789
@@ -258,71 +384,87 @@ def dropout(x, p, key):
     return torch.where((h & 0x7FFFFFFF) >= int(p * 2 ** 31), x * (1 / (1 - p)), 0)
 
 @functools.cache
-def causal_mask(T, window, dtype):
+def causal_mask(T, window, dtype, device):
     """(T, T), to be added to scores: 0 where query i sees key j, i - window <= j <= i, and -inf elsewhere."""
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    return torch.zeros(T, T, dtype=dtype).masked_fill_((distance < 0) | (distance > window), float("-inf"))
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    hidden = (distance < 0) | (distance > window)
+    return torch.zeros(T, T, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
-def attention(q, k, v, window):
-    """
-    Causal attention of (B, T, H, D) tensors; the query at i sees the keys at i - window to i. On CUDA by the
-    in-core variable-length flash kernels, the only ones with a sliding window and a backward. On the CPU by
-    blocks of 128 queries against the keys in reach: plain products, faster there than the fused kernel.
-    """
+def flash_attention(q, k, v, window, scale):
+    """On CUDA the in-core flash kernels for variable lengths, which have a sliding window and a backward."""
+    from torch.nn.attention.varlen import varlen_attn
     B, T, H, D = q.shape
-    if q.device.type == "cuda":
-        from torch.nn.attention.varlen import varlen_attn
-        starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-        reach = (-1 if window >= T else window, 0)
-        flat = (t.flatten(0, 1) for t in (q, k, v))
-        return varlen_attn(*flat, starts, starts, T, T, window_size=reach).view(B, T, H, D)
+    starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    reach = (-1 if window >= T else window, 0)
+    flat = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=reach).view(B, T, H, D)
+
+def block_attention(q, k, v, window, scale):
+    """On the CPU blocks of 128 queries and the keys in their reach: plain products beat the kernel."""
+    B, T, H, D = q.shape
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    mask, out = causal_mask(T, window, q.dtype), []
+    mask, out = causal_mask(T, window, q.dtype, q.device), []
     for start in range(0, T, 128):
         query, key = slice(start, start + 128), slice(max(0, (start - window) // 128 * 128), start + 128)
-        scores = torch.baddbmm(mask[query, key], q[:, query], k[:, key].mT, alpha=D ** -0.5)
+        scores = torch.baddbmm(mask[query, key], q[:, query], k[:, key].mT, alpha=scale)
         out.append(scores.softmax(-1) @ v[:, key])
     return torch.cat(out, dim=1).view(B, H, T, D).transpose(1, 2)
+
+# Causal attention of (B, T, H, D) tensors by device; the query at i sees the keys at i - window to i.
+ATTENTION = {"cuda": flash_attention, "cpu": block_attention}
 
 class Attention(nn.Module):
     """Multi-head attention with mixed heads, injected values, query and key norm, and a gate per head."""
 
     def __init__(self, c, layer):
         super().__init__()
-        self.n_head = c.n_head
+        self.n_head, self.key_offset = c.n_head, c.key_offset and c.long_layer(layer)
+        self.exclusive = c.xsa != "none" and layer < min(c.xsa_layers, c.n_layer)
         self.q, self.k, self.v, self.o = (weight(c.n_embd, c.n_embd) for _ in range(4))
         self.mix = weight(3, c.n_head, c.n_head) if c.head_mixing else None
         self.head_gate = weight(c.n_head, 12) if c.head_gate else None
-        self.value_proj = weight(c.n_embd, c.n_embd) if c.value_layer(layer) else None
         self.value_gate = weight(c.n_head, 32) if c.value_layer(layer) else None
+        self.value_proj = weight(c.n_embd, c.n_embd) if c.value_layer(layer) and c.values == "proj" else None
+        self.xsa = weight(c.n_head) if self.exclusive and c.xsa == "learned" else None
 
-    def project(self, x, x0, rope):
-        """The normalised stream x and the embedding x0, (B, T, C) -> q, k, v (B, T, H, D)."""
+    def project(self, x, value, rope):
+        """The normalised stream x, the embedding to inject (B, T, C) -> q, k, v (B, T, H, D)."""
         B, T, C = x.shape
         w = torch.stack((self.q, self.k, self.v)).to(x.dtype)
         if self.mix is not None:
             w = self.mix.to(x.dtype) @ w.view(3, self.n_head, -1)
         q, k, v = F.linear(x, w.view(3 * C, C)).view(B, T, 3, self.n_head, -1).unbind(2)
-        if self.value_proj is not None:
+        if self.value_gate is not None:
+            value = value if self.value_proj is None else linear(value, self.value_proj)
             gate = 2 * linear(x[..., :32], self.value_gate).sigmoid()
-            v = v + gate[..., None] * linear(x0, self.value_proj).view(v.shape)
-        return rms(rotate(q, rope)), rms(rotate(k, rope)), v
+            v = v + gate[..., None] * value.view(v.shape)
+        q, k = rms(rotate(q, rope)), rms(rotate(k, rope))
+        if self.key_offset:
+            own, moved = k.chunk(2, dim=-1)
+            k = torch.cat((own, torch.cat((moved[:, :1], moved[:, :-1]), dim=1)), dim=-1)
+        return q, k, v
 
-    def output(self, x, o):
-        """x (B, T, C) and the heads' outputs o (B, T, H, D) -> (B, T, C)."""
+    def output(self, x, o, v):
+        """x (B, T, C), the heads' outputs o and values v (B, T, H, D) -> (B, T, C)."""
+        if self.exclusive:
+            v = F.normalize(v, dim=-1, eps=1e-4)
+            along = (o * v).sum(-1, keepdim=True)
+            o = o - (along if self.xsa is None else self.xsa.tanh().to(o.dtype)[:, None] * along) * v
         if self.head_gate is not None:
             o = o * linear(x[..., :12], self.head_gate).sigmoid()[..., None]
         return linear(o.reshape(x.shape), self.o)
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or the squared ReLU (So et al. 2021, arXiv 2109.08668)."""
 
     def __init__(self, c):
         super().__init__()
-        self.gate, self.up = weight(c.mlp_hidden, c.n_embd), weight(c.mlp_hidden, c.n_embd)
-        self.out = weight(c.n_embd, c.mlp_hidden)
+        self.gate = weight(c.mlp_hidden, c.n_embd) if c.mlp == "swiglu" else None
+        self.up, self.out = weight(c.mlp_hidden, c.n_embd), weight(c.n_embd, c.mlp_hidden)
 
     def forward(self, x):
+        if self.gate is None:
+            return linear(linear(x, self.up).relu().square(), self.out)
         gate, up = linear(x, torch.cat((self.gate, self.up))).chunk(2, dim=-1)
         return linear(F.silu(gate) * up, self.out)
 
@@ -334,21 +476,25 @@ class Block(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        self.p, self.window = c.dropout, c.window(layer)
+        self.p, self.p_mlp = c.dropout, c.dropout * c.dropout_mlp
         self.attn, self.mlp = Attention(c, layer), MLP(c)
 
-    def forward(self, x, x0, rope, drop=None, keep=None):
-        """x, x0 (B, T, C); drop (B, 2, 2): keys of two dropouts; keep (B, 1, 1): 0 skips the block."""
-        return self.after(x, attention(*self.before(x, x0, rope), self.window), drop, keep)
+    def forward(self, x, value, frame, window, drop=None, keep=None):
+        """
+        x, value (B, T, C); frame: rotary tables and the scale of scores; window: keys in reach; drop
+        (B, 2, 2): keys of two dropouts; keep (B, 1, 1): 0 skips the block.
+        """
+        *rope, scale = frame
+        q, k, v = self.before(x, value, rope)
+        return self.after(x, ATTENTION[x.device.type](q, k, v, window, scale), v, drop, keep)
 
-    def before(self, x, x0, rope):
-        return self.attn.project(rms(x), x0, rope)
+    def before(self, x, value, rope):
+        return self.attn.project(rms(x), value, rope)
 
-    def after(self, x, o, drop, keep):
-        start, y = x, self.attn.output(rms(x), o)
-        x = x + (y if drop is None else dropout(y, self.p, drop[:, 0]))
-        y = self.mlp(rms(x))
-        x = x + (y if drop is None else dropout(y, self.p, drop[:, 1]))
+    def after(self, x, o, v, drop, keep):
+        start, (first, second) = x, (None, None) if drop is None else drop.unbind(1)
+        x = x + dropout(self.attn.output(rms(x), o, v), self.p, first)
+        x = x + dropout(self.mlp(rms(x)), self.p_mlp, second)
         return x if keep is None else start + keep * (x - start)
 
 def mix_stream(x, x0, lam, mu, skip=None, twin=None):
@@ -362,6 +508,11 @@ class Noise(NamedTuple):
     drop: torch.Tensor   # (executions, B, 2, 2) int32: keys of the dropout masks
     keep: torch.Tensor   # (executions, B, 1, 1): 0 where stochastic depth skips the block, else 1
 
+class Lesson(NamedTuple):
+    """What a teacher says about a micro-batch: its outputs (B, T, C), and its head (V, C)."""
+    x: torch.Tensor
+    head: torch.Tensor
+
 class GPT(nn.Module):
     """The model; `vocab_size` comes from the dataset, the tables are padded to a multiple of 64 rows."""
 
@@ -373,46 +524,85 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.lam, self.mu = weight(c.n_layer), weight(c.n_layer)
         self.skip = weight(c.n_layer // 2) if c.unet_skips else None
+        self.value_tables = weight(c.n_layer // 2, rows, c.n_embd) if c.values == "table" else None
         if c.mtp == "block":
             self.mtp = nn.Module()
             self.mtp.proj = weight(c.n_embd, 2 * c.n_embd)
             self.mtp.block = Block(c, c.n_layer)
+        self.checkpointing = False  # True: blocks keep only their input, and are computed again for backward
 
-    def trunk(self, tokens, replay, noise=None):
-        """tokens (B, T) -> (the normalised output (B, T, C), the rotary tables)."""
+    def trunk(self, tokens, mode, noise=None):
+        """tokens (B, T) -> (the normalised output (B, T, C), the frame of its blocks)."""
+        c = self.c
         x = x0 = rms(F.embedding(tokens, self.embed))
-        rope = rope_tables(self.c, x.device, x.dtype)
-        half, outputs = self.c.n_layer // 2, {}
-        rows = self.c.layer_order(True)  # of the noise: one for each execution when layers are replayed
-        for n, layer in enumerate(self.c.layer_order(replay)):
-            twin = ()
-            if self.skip is not None and layer >= half:
-                twin = (self.skip[layer - half], outputs[self.c.n_layer - 1 - layer])
-            x = mix_stream(x, x0, self.lam[layer], self.mu[layer], *twin)
-            row = n if replay else rows.index(layer)
-            x = self.blocks[layer](x, x0, rope, *(part[row] for part in noise or ()))
-            if layer < half:
-                outputs[layer] = x
-        return rms(x), rope
+        frequency, scale = rotary(c, mode.stage, x.device)
+        angle = torch.outer(torch.arange(c.seq_len, dtype=torch.float32, device=x.device), frequency)[:, None]
+        frame = angle.cos().to(x.dtype), angle.sin().to(x.dtype), scale
+        rows = c.layer_order(True)  # of the noise: one for each execution when layers are replayed
+        for n in range(mode.passes):
+            outputs = {}
+            with torch.set_grad_enabled(torch.is_grad_enabled() and n == mode.passes - 1):
+                for place, layer in enumerate(c.layer_order(mode.replay)):
+                    twin, value = (), x0
+                    if self.skip is not None and layer >= c.n_layer // 2:
+                        twin = (self.skip[layer - c.n_layer // 2], outputs[c.n_layer - 1 - layer])
+                    if self.value_tables is not None and c.value_layer(layer):
+                        value = F.embedding(tokens, self.value_tables[layer // 2])
+                    x = mix_stream(x, x0, self.lam[layer], self.mu[layer], *twin)
+                    row = n * len(rows) + (place if mode.replay else rows.index(layer))
+                    draws = [part[row] for part in noise or ()]
+                    x = outputs[layer] = self.run(self.blocks[layer], x, value, frame,
+                                                  c.window(layer, mode.stage), *draws)
+                x = rms(x) if c.passes > 1 else x
+        return rms(x), frame
 
-    def loss(self, sequences, replay, noise, batch_sequences):
+    def run(self, block, *arguments):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(*arguments)
+
+    def loss(self, sequences, mode, noise, batch_sequences, ahead=(1.0,), lesson=None):
         """
         sequences (B, T+1) -> (the training loss, the plain next-token loss), divided by the tokens of the
-        whole batch: what micro-batches and ranks get adds up to the mean's loss and gradient.
+        whole batch: what micro-batches and ranks get adds up to the mean's loss and gradient. `ahead` weighs
+        the predictions of the head 1, 2, ... tokens ahead; the lesson is the teacher's.
         """
-        tokens, targets = sequences[:, :-1], sequences[:, 1:]
-        T = tokens.size(1)
-        x, rope = self.trunk(tokens, replay, noise)
-        weights = torch.full_like(targets, 1 / (batch_sequences * T), dtype=torch.float32)
-        loss = plain = head_loss(x, self.head, targets, weights, self)
-        if self.c.mtp == "block":
+        c, targets = self.c, sequences[:, 1:]
+        B, T = targets.shape
+        x, frame = self.trunk(sequences[:, :-1], mode, noise)
+        unit = (1 - c.distill * (lesson is not None)) / (batch_sequences * T)
+        y = torch.stack([targets.roll(-k, 1) for k in range(len(ahead))], dim=-1)
+        w = torch.zeros(y.shape, device=x.device)
+        for k, share in enumerate(ahead):
+            w[:, :T - k, k] = share * unit  # the last k have no target inside their sequence
+        loss, plain = self.head_loss(x, y, w, lesson, c.distill / (batch_sequences * T))
+        if c.mtp == "block":
             # Position t also knows token t+1 and predicts t+2; the last one has no target, its weight is 0.
             x = linear(torch.cat((x, rms(F.embedding(targets, self.embed))), dim=-1), self.mtp.proj)
-            x = rms(self.mtp.block(x, x, rope, *(part[-1] for part in noise)))
-            weights = weights * (self.c.mtp_weight * T / (T - 1))
-            weights[:, -1] = 0
-            loss = loss + head_loss(x, self.head, targets.roll(-1, 1), weights, self)
-        return loss, plain.detach()
+            x = rms(self.run(self.mtp.block, x, x, frame, T, *(part[-1] for part in noise)))
+            w = torch.full((B, T, 1), c.mtp_weight * unit * T / (T - 1), device=x.device)
+            w[:, -1] = 0
+            loss = loss + self.head_loss(x, targets.roll(-1, 1)[..., None], w)[0]
+        return loss, plain / (batch_sequences * T)
+
+    def head_loss(self, x, y, w, lesson=None, lesson_weight=0.0):
+        """HeadLoss of x (B, T, C) for K targets y and their weights w (B, T, K), and the teacher's lesson."""
+        head = self.head[:self.vocab_size]
+        if lesson is not None:
+            lesson = lesson._replace(x=lesson.x.flatten(0, 1))
+        return HeadLoss.apply(x.flatten(0, 1), head, y.flatten(0, 1), w.flatten(0, 1), self.c.softcap,
+                              lesson, lesson_weight, self.c.temperature)
+
+    @torch.no_grad()
+    def teach(self, sequences, mode):
+        """The lesson about sequences (B, T+1): a forward pass, and nothing to remember for a backward."""
+        return Lesson(self.trunk(sequences[:, :-1], mode)[0], self.head[:self.vocab_size])
+
+    @torch.no_grad()
+    def target_logprobs(self, sequences, mode):
+        """sequences (B, T+1) -> the log-probabilities of their targets, (B, T) float64."""
+        x, _ = self.trunk(sequences[:, :-1], mode)
+        return target_logprobs(x, self.head[:self.vocab_size], sequences[:, 1:], self.c.softcap)
 
     def logits(self, x):
         """(B, T, C) -> (B, T, V) float32, softcapped. Whole logits are for looking at a few sequences."""
@@ -421,39 +611,59 @@ class GPT(nn.Module):
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())
 
-def flops_per_token(c, vocab_size, replay, training=True):
+def flops_per_token(c, vocab_size, mode, training=True):
     """
     Floating-point operations of a token's forward (and backward) pass: 2 for each multiplication and addition
     in all executed matrix products, replayed blocks and the MTP head included. Attention counts the keys that
     the causal window shows on average.
     """
     d, head = c.n_embd, vocab_size * c.n_embd
-    macs, layers = head, c.layer_order(replay)
-    if training and c.mtp == "block":
-        macs, layers = macs + head + 2 * d * d, layers + [c.n_layer]
-    for layer in layers:
-        reach = min(c.window(layer) + 1, c.seq_len)
+
+    def macs(layer, stage=mode.stage):
+        reach = min(c.window(layer, stage) + 1, c.seq_len)
         keys = reach - reach * (reach - 1) / (2 * c.seq_len)
-        macs += 4 * d * d + 3 * d * c.mlp_hidden + 12 * c.n_head * c.head_gate + 2 * d * keys
-        macs += c.value_layer(layer) * (d * d + 32 * c.n_head)
-    return (6 if training else 2) * macs
+        mlp = (2 + (c.mlp == "swiglu")) * d * c.mlp_hidden
+        values = c.value_layer(layer) * (32 * c.n_head + d * d * (c.values == "proj"))
+        return 4 * d * d + mlp + 12 * c.n_head * c.head_gate + values + 2 * d * keys
+
+    trunk = sum(map(macs, c.layer_order(mode.replay)))
+    if not training:
+        return 2 * (mode.passes * trunk + head)
+    mtp = head + 2 * d * d + macs(c.n_layer) if c.mtp == "block" else 0
+    # All passes but the last only go forward, and so does the teacher.
+    last = len(knots(c.window_stages)) - 1
+    teacher = c.passes * sum(macs(layer, last) for layer in c.layer_order(True)) + head if c.distill else 0
+    return 6 * (trunk + head + mtp) + 2 * ((mode.passes - 1) * trunk + teacher)
 
 
 # ---- Head and loss -----------------------------------------------------------------------------------------
 
 def softcap_pass(logits, softcap):
     """
-    Raw logits l (n, V) -> (s (n,) float32, u (n, V) in the logits' dtype): s is the sum of the softmax's
+    Raw logits l (n, V) -> (s (n, 1) float32, u (n, V) in the logits' dtype): s is the sum of the softmax's
     exponentials, u / s its probabilities times the softcap's slope. As z = c tanh(l / c) <= c, nobody need
     look for the maximum: q = 1 / (1 + exp(2 l / c)) gives z - c = -2 c q and dz/dl = 4 q (1 - q).
     """
     q = 1 / (1 + torch.exp(logits.float() * (2 / softcap)))
     e = torch.exp(q * (-2 * softcap))
-    return e.sum(-1), (e * (4 * q * (1 - q))).to(logits.dtype)
+    return e.sum(-1, keepdim=True), (e * (4 * q * (1 - q))).to(logits.dtype)
 
 def softcap_sum(logits, softcap):
     """The first half of softcap_pass, for scoring."""
     return torch.exp(-2 * softcap / (1 + torch.exp(logits.float() * (2 / softcap)))).sum(-1)
+
+def lesson_pass(logits, teacher, softcap, temperature, ratio):
+    """
+    softcap_pass with a teacher's raw logits (n, V): also -> the divergences KL(teacher || student) at the
+    temperature, (n, 1), whose gradient times ratio (n, 1) has been added to u / s.
+    """
+    q, qt = (1 / (1 + torch.exp(l.float() * (2 / softcap))) for l in (logits, teacher))
+    z, zt = -2 * softcap * q, -2 * softcap * qt
+    e, student, teacher = torch.exp(z), torch.exp(z / temperature), torch.exp(zt / temperature)
+    s, ss, st = (part.sum(-1, keepdim=True) for part in (e, student, teacher))
+    kl = (teacher * (zt - z)).sum(-1, keepdim=True) / (temperature * st) + ss.log() - st.log()
+    u = 4 * q * (1 - q) * (e + ratio * s * (student / ss - teacher / st))
+    return s, u.to(logits.dtype), kl
 
 def chunk_rows(vocab_size, device):
     """Tokens whose logits are held at a time: 4M entries stay in a CPU's cache, 128M keep a GPU busy."""
@@ -461,37 +671,45 @@ def chunk_rows(vocab_size, device):
 
 class HeadLoss(torch.autograd.Function):
     """
-    sum_n w_n (-log softmax(softcap(x_n W^T))[y_n]), by chunks of tokens; gradients are made in the same pass
-    over the logits. x (N, C), W (V, C), y (N,) int64, w (N,) float32 -> scalar float32. Once differentiable.
+    sum_nk w_nk (-log softmax(softcap(x_n W^T))[y_nk]), by chunks of tokens; gradients are made in the same
+    pass over the logits. x (N, C), W (V, C), y (N, K) int64, w (N, K) float32 -> (that sum, the sum of the
+    first targets' losses without weights, for looking at), scalars in float32. Once differentiable. With a
+    lesson, lesson_weight tau^2 KL(teacher || student) of every token is added (Hinton et al. 2015, arXiv
+    1503.02531); the weights of a token must not all be 0 then.
     """
 
     @staticmethod
-    def forward(ctx, x, W, y, w, softcap):
-        loss = torch.zeros((), device=x.device)
+    def forward(ctx, x, W, y, w, softcap, lesson, lesson_weight, temperature):
+        loss, plain = torch.zeros(2, 1, device=x.device)
         dx, dW, Wc = torch.empty_like(x), torch.zeros_like(W), W.to(x.dtype)
         for n in range(0, len(x), rows := chunk_rows(len(W), x.device)):
-            xn, yn, wn = x[n:n + rows], y[n:n + rows, None], w[n:n + rows, None]
-            logits = xn @ Wc.T
-            s, u = softcap_pass(logits, softcap)
+            xn, yn, wn = x[n:n + rows], y[n:n + rows], w[n:n + rows]
+            logits, total = xn @ Wc.T, wn.sum(1, keepdim=True)
             t = torch.tanh(logits.gather(1, yn).float() / softcap)
-            loss += (wn * (s.log()[:, None] + softcap - softcap * t)).sum()
+            if lesson is None:
+                s, u = softcap_pass(logits, softcap)
+            else:
+                ratio, teacher = lesson_weight * temperature / total, lesson.x[n:n + rows] @ lesson.head.T
+                s, u, kl = lesson_pass(logits, teacher, softcap, temperature, ratio)
+                loss += lesson_weight * temperature ** 2 * kl.sum()
+            nats = s.log() + softcap - softcap * t
+            loss += (wn * nats).sum()
+            plain += nats[:, 0].sum()
             # u / s is the gradient of the raw logits; the division waits until the rows have only C entries.
-            u.scatter_add_(1, yn, (-s[:, None] * (1 - t * t)).to(u.dtype))
-            scale = wn / s[:, None]
-            dx[n:n + rows] = (u @ Wc) * scale
-            dW += u.T @ (xn * scale).to(x.dtype)
+            own = -s * wn / total.clamp_min(1e-30) * (1 - t * t)
+            rows_of = torch.arange(len(u), device=u.device)[:, None]
+            u.index_put_((rows_of, yn), own.to(u.dtype), accumulate=True)
+            dx[n:n + rows] = (u @ Wc) * (total / s)
+            dW += u.T @ (xn * (total / s)).to(x.dtype)
         ctx.save_for_backward(dx, dW)
-        return loss
+        loss, plain = loss[0], plain[0]
+        ctx.mark_non_differentiable(plain)
+        return loss, plain
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         dx, dW = ctx.saved_tensors
-        return (dx * grad).to(dx.dtype), dW * grad, None, None, None
-
-def head_loss(x, W, targets, weights, model):
-    """The weighted sum of the next-token losses of x (B, T, C) for targets (B, T)."""
-    x, W = x.flatten(0, 1), W[:model.vocab_size]
-    return HeadLoss.apply(x, W, targets.flatten(), weights.flatten(), model.c.softcap)
+        return (dx * grad).to(dx.dtype), dW * grad, *[None] * 6
 
 @torch.no_grad()
 def target_logprobs(x, W, targets, softcap):
@@ -519,21 +737,27 @@ class Row(NamedTuple):
 def param_table(c):
     """One row per kind of parameter, by the pattern that its whole name matches."""
     width = (3 / c.n_embd) ** 0.5  # uniform(-width, width) has variance 1 / C
+    decay = c.weight_decay * c.wd_scale
     scaled = lambda lr: lr * c.lr_scale
     uniform = lambda p, g: p.uniform_(-width, width, generator=g)
     normal = lambda std: lambda p, g: p.normal_(0, std, generator=g)
     constant = lambda value: lambda p, g: p.fill_(value)
     identity = lambda p, g: p.copy_(torch.eye(p.size(-1)))
-    muon, adamw, fast = ("muon", scaled(c.lr_matrix), (0.95, 0.95)), "adamw", (0.8, 0.95)
+    matrix, adamw, fast = (c.optimizer, scaled(c.lr_matrix), (0.9, 0.95), decay), "adamw", (0.8, 0.95)
+    gate = matrix if c.gate_optimizer == "muon" else (adamw, scaled(c.lr_scalar), (0.9, 0.99), 0.0)
+    last = normal(c.n_embd ** -0.5) if c.out_init == "normal" else constant(0.0)
     return [
-        Row(r"embed", normal(1.0), adamw, scaled(c.lr_embed), fast, c.weight_decay),
-        Row(r"head", normal(0.001), adamw, scaled(c.lr_head), fast, c.weight_decay),
-        Row(r"lam|skip", constant(1.0), adamw, scaled(c.lr_scalar) * 0.01, fast, 0.0),
+        Row(r"embed", normal(1.0), adamw, scaled(c.lr_embed), fast, decay),
+        Row(r"value_tables", uniform, adamw, scaled(c.lr_embed), fast, decay),
+        Row(r"head", normal(0.001), adamw, scaled(c.lr_head), fast, decay),
+        Row(r"lam", constant(c.lam_init), adamw, scaled(c.lr_scalar) * 0.01, fast, 0.0),
+        Row(r"skip", constant(1.0), adamw, scaled(c.lr_scalar) * 0.01, fast, 0.0),
         Row(r"mu", constant(0.1), adamw, scaled(c.lr_scalar), (0.96, 0.95), 0.0),
         Row(r".*\.mix", identity, adamw, c.lr_mixing, fast, 0.0),
-        Row(r".*\.(head|value)_gate", constant(0.0), *muon, c.weight_decay),
-        Row(r".*\.(q|k|v|value_proj|gate|up)|mtp\.proj", uniform, *muon, c.weight_decay),
-        Row(r".*\.(o|out)", normal(c.n_embd ** -0.5), *muon, c.weight_decay),
+        Row(r".*\.xsa", constant(0.0), adamw, scaled(c.lr_scalar), (0.9, 0.95), 0.0),
+        Row(r".*\.(head|value)_gate", constant(0.0), *gate),
+        Row(r".*\.(q|k|v|value_proj|gate|up)|mtp\.proj", uniform, *matrix),
+        Row(r".*\.(o|out)", last, *matrix),
     ]
 
 def match_rows(model, c):
@@ -551,6 +775,17 @@ def initialise(model, c, seed):
     generator = torch.Generator(model.embed.device).manual_seed(seed)
     for _, p, row in match_rows(model, c):
         row.init(p, generator)
+
+@torch.no_grad()
+def perturb(model, c, seed, link, links):
+    """Noise on every tensor after `link` snapshots, in its standard deviations, falling as a cosine."""
+    fall = (1 + math.cos(math.pi * (link - 1) / max(1, links - 2))) / 2
+    scale = c.perturb_last + (c.perturb - c.perturb_last) * fall
+    generator = torch.Generator().manual_seed(seed * 100003 + 31337 * link)
+    for p in model.parameters():
+        if p.numel() > 1:
+            noise = torch.randn(p.shape, generator=generator).to(p.device)
+            p.add_((noise * (scale * p.float().std())).to(p.dtype))
 
 # Five steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932): aX + bX^3 + cX^5 of the singular values.
 POLAR_EXPRESS = (
@@ -600,6 +835,35 @@ def adamw_update(W, G, state, lr, weight_decay, beta1, beta2, step):
     v.lerp_(G.square(), 1 - beta2)
     W.addcdiv_(m, (v / (1 - beta2 ** step)).sqrt_().add_(1e-10), value=-lr / (1 - beta1 ** step))
 
+class Team(NamedTuple):
+    """Ranks that train a model together. Teams train members side by side, each its own chain of them."""
+    index: int
+    teams: int
+    rank: int
+    size: int
+    group: object    # for the messages of training
+    side: object     # for those of saving, which happens meanwhile
+
+def make_team(size, timeout):
+    """This rank's team, where `size` ranks make one."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world % size:
+        fail(f"--ranks-per-member {size} does not divide {world} ranks")
+    groups = [(dist.new_group(ranks, timeout), dist.new_group(ranks, timeout, backend="gloo"))
+              for ranks in (range(first, first + size) for first in range(0, world, size))]
+    return Team(rank // size, world // size, rank % size, size, *groups[rank // size])
+
+def foreign_optimizer(c, parameters):
+    """An instance of the class that --optimizer names."""
+    module, name = c.optimizer.split(":")
+    try:
+        arguments = json.loads(c.optimizer_args)
+        if {"lr", "weight_decay"} & set(arguments):
+            raise ValueError("lr and weight_decay are --lr-matrix and --weight-decay")
+        return getattr(importlib.import_module(module), name)(parameters, **arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        fail(f"--optimizer {c.optimizer} --optimizer-args '{c.optimizer_args}': {error}")
+
 class Group:
     """
     Parameters that are updated together. Their values and gradients live in two flat buffers, of which the
@@ -607,84 +871,153 @@ class Group:
     owner, which alone keeps the optimizer's state and updates the values; then the values are gathered.
     """
 
-    def __init__(self, row, params, c, dtype):
-        self.row, self.c, self.dtype = row, c, dtype
-        rank, world = dist.get_rank(), dist.get_world_size()
+    def __init__(self, row, params, c, dtype, team):
+        self.row, self.c, self.dtype, self.team, self.params = row, c, dtype, team, params
         shape, size = params[0].shape, sum(p.numel() for p in params)
-        # Muon's matrices are never cut: the unit is a matrix. AdamW's unit is a number.
-        unit = shape.numel() if row.optimizer == "muon" else 1
-        part, self.units = -(-size // (unit * world)) * unit, size // unit
-        self.values, self.grads = params[0].new_zeros(part * world), params[0].new_zeros(part * world)
+        # Matrices are never cut: the unit is a matrix. AdamW's unit is a number.
+        unit = 1 if row.optimizer == "adamw" else shape.numel()
+        part, self.units = -(-size // (unit * team.size)) * unit, size // unit
+        self.values, self.grads = (params[0].new_zeros(part * team.size) for _ in range(2))
         start = 0
         for p in params:
             view = slice(start, start := start + p.numel())
             self.values[view] = p.data.flatten()
             p.data, p.grad = self.values[view].view(p.shape), self.grads[view].view(p.shape)
-        own = slice(rank * part, (rank + 1) * part)
+        own = slice(team.rank * part, (team.rank + 1) * part)
         self.W, self.G = self.values[own], self.grads[own]
-        if row.optimizer == "muon":
+        if row.optimizer != "adamw":
             self.W, self.G = self.W.view(-1, *shape), self.G.view(-1, *shape)
-            variance = (len(self.W), shape[0], 1) if shape[0] >= shape[1] else (len(self.W), 1, shape[1])
-            self.state = {"momentum": torch.zeros_like(self.W), "variance": self.W.new_zeros(variance)}
+        self.own = max(0, min(self.units - team.rank * len(self.W), len(self.W)))  # units that are no padding
+        self.missing, self.reduce = 0, None
+        for p in params:
+            p.register_post_accumulate_grad_hook(self.arrived)
+        self.reset()
+
+    def arrived(self, p):
+        """Called in the backward pass: after the last gradient their sum over the ranks begins."""
+        self.missing -= 1
+        if self.missing == 0:
+            self.start_reduce()
+
+    def start_reduce(self):
+        self.reduce = dist.reduce_scatter_single(self.G.flatten(), self.grads, group=self.team.group,
+                                                 async_op=True)
+
+    def reset(self):
+        """The optimizer's state, and the average of the weights, as before the first step."""
+        W, zeros, self.inner = self.W, torch.zeros_like, None
+        if self.row.optimizer == "muon":
+            variance = W[:, :, :1] if W.size(1) >= W.size(2) else W[:, :1]
+            self.state = {"momentum": zeros(W), "variance": zeros(variance)}
+        elif self.row.optimizer == "adamw":
+            self.state = {"mean": zeros(W), "square": zeros(W)}
         else:
-            self.state = {"mean": torch.zeros_like(self.W), "square": torch.zeros_like(self.W)}
+            matrices = [nn.Parameter(matrix) for matrix in W[:self.own]]
+            self.state, self.inner = {}, matrices and foreign_optimizer(self.c, matrices)
+        if self.c.average_kind != "probs":
+            self.state["average"] = zeros(W, dtype=torch.float32)
 
     def update(self, lr, weight_decay, momentum, step):
         """The multipliers of learning rate and decay, Muon's momentum, and the step counted from 1."""
-        row = self.row
-        settings = self.W, self.G, self.state, lr * row.lr, weight_decay * row.weight_decay
+        row, lr, weight_decay = self.row, lr * self.row.lr, weight_decay * self.row.weight_decay
         if row.optimizer == "muon":
-            muon_update(*settings, momentum, row.betas[1], self.c.row_norm, self.dtype)
-        else:
-            adamw_update(*settings, *row.betas, step)
+            muon_update(self.W, self.G, self.state, lr, weight_decay, momentum, 0.95, self.c.row_norm,
+                        self.dtype)
+        elif row.optimizer == "adamw":
+            adamw_update(self.W, self.G, self.state, lr, weight_decay, *row.betas, step)
+        elif self.inner:
+            self.inner.param_groups[0] |= {"lr": lr, "weight_decay": weight_decay}
+            for p, gradient in zip(self.inner.param_groups[0]["params"], self.G):
+                p.grad = gradient
+            self.inner.step()
 
     def gather(self):
         """Starts to bring the values from their owners to every rank; -> the work to wait for."""
-        return dist.all_gather_single(self.values, self.W.flatten(), async_op=True)
+        return dist.all_gather_single(self.values, self.W.flatten(), group=self.team.group, async_op=True)
 
     def shards(self, mesh):
         """A copy of values and optimizer state, as this rank's part of distributed tensors, unpadded."""
-        own = max(0, min(self.units - dist.get_rank() * len(self.W), len(self.W)))
-        return {name: DTensor.from_local(part[:own].to("cpu", copy=True), mesh, [Shard(0)], run_check=False,
+        local = lambda part: part[:self.own].to("cpu", copy=True)
+        return {name: DTensor.from_local(local(part), mesh, [Shard(0)], run_check=False,
                                          shape=(self.units, *part.shape[1:]), stride=part.stride())
                 for name, part in {"values": self.W, **self.state}.items()}
 
     def load(self, shards):
         """Takes over what `shards` had and a checkpoint has been loaded into."""
         for name, part in {"values": self.W, **self.state}.items():
-            local = shards[name].to_local()
-            part[:len(local)].copy_(local)
+            part[:self.own].copy_(shards[name].to_local())
         self.gather().wait()
 
 class Optimizer:
     """All groups, sharded over the ranks (as ZeRO-2 does, Rajbhandari et al. 2020, arXiv 1910.02054)."""
 
-    def __init__(self, model, c, dtype):
-        groups = {}
-        for _, p, row in match_rows(model, c):
-            shape = p.shape if row.optimizer == "muon" else None
-            groups.setdefault((*row[2:], p.dtype, shape), (row, []))[1].append(p)
-        self.groups = [Group(row, params, c, dtype) for row, params in groups.values()]
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    def __init__(self, model, c, dtype, team):
+        self.c, self.team, groups = c, team, {}
+        for name, p, row in match_rows(model, c):
+            shape = p.shape if row.optimizer != "adamw" else None
+            # The decoder's gradients are complete, and can be summed, while the encoder's are still made.
+            encoder = name.startswith("blocks.") and int(name.split(".")[1]) < c.n_layer // 2
+            groups.setdefault((*row[2:], p.dtype, shape, encoder), (row, []))[1].append(p)
+        self.groups = [Group(row, params, c, dtype, team) for row, params in groups.values()]
+        self.mesh = DeviceMesh.from_group(team.side, "cpu")
+
+    def reset(self):
+        for group in self.groups:
+            group.reset()
 
     def shards(self):
         """A copy of parameters and optimizer state for a distributed checkpoint: any ranks can load it."""
         return {f"{i}": group.shards(self.mesh) for i, group in enumerate(self.groups)}
 
+    def inner_states(self):
+        """{group: the state of a foreign optimizer}, which the same number of ranks can load."""
+        return {i: group.inner.state_dict() for i, group in enumerate(self.groups) if group.inner}
+
+    def expect(self):
+        """The next backward pass is the step's last."""
+        for group in self.groups:
+            group.missing, group.reduce = len(group.params), None
+
     @torch.no_grad()
-    def step(self, lr, weight_decay, momentum, step):
-        """Sums gradients over the ranks, updates parameters, clears gradients; -> this rank's |G|^2."""
-        reduces = [dist.reduce_scatter_single(g.G.flatten(), g.grads, async_op=True) for g in self.groups]
+    def step(self, lr, weight_decay, momentum, step, average=0.0):
+        """
+        Sums gradients over the ranks, updates parameters, clears gradients; the new values take the share
+        `average` in their running average. -> the squared norm of the gradient, as far as this rank owns it.
+        """
         gathers, squares = [], torch.zeros((), device=self.groups[0].W.device)
-        for group, reduce in zip(self.groups, reduces):
-            reduce.wait()
-            squares += torch.linalg.vector_norm(group.G).float() ** 2
+        for group in self.groups:
+            if group.reduce is None:
+                group.start_reduce()
+        square = lambda group: torch.linalg.vector_norm(group.G).float() ** 2
+        if self.c.grad_clip:
+            for group in self.groups:
+                group.reduce.wait()
+                squares += square(group)
+            total = squares.clone()
+            dist.all_reduce(total, group=self.team.group)
+            shrink = (self.c.grad_clip / (total.sqrt() + 1e-6)).clamp_max(1.0)
+        for group in self.groups:
+            group.reduce.wait()
+            if self.c.grad_clip:
+                group.G.mul_(shrink)
+            else:
+                squares += square(group)
             group.update(lr, weight_decay, momentum, step)
+            if average:
+                group.state["average"].lerp_(group.W.float(), average)
             gathers.append(group.gather())
             group.grads.zero_()
+            group.reduce = None
         for gather in gathers:
             gather.wait()
         return squares
+
+    @torch.no_grad()
+    def take_average(self):
+        """The parameters become their running average."""
+        for group in self.groups:
+            group.W.copy_(group.state["average"])
+            group.gather().wait()
 
 
 # ---- Data --------------------------------------------------------------------------------------------------
@@ -711,9 +1044,10 @@ class Dataset:
         except (ValueError, KeyError, TypeError) as error:
             fail(f"{folder}: manifest.json or token_bytes.bin is damaged ({error}); {self.remedy}")
         self.token_bytes = token_bytes.astype(np.int64)
-        self.splits = {split: self.open(self.folder / f"{split}.bin", split) for split in self.digests}
+        self.splits = {split: self.open(self.folder / f"{split}.bin", sha256)
+                       for split, sha256 in self.digests.items()}
 
-    def open(self, path, split):
+    def open(self, path, sha256=None):
         """The llm.c format: 256 int32 of header (magic, version, tokens), then uint16 tokens."""
         if not path.exists():
             fail(f"{path} is missing; {self.remedy}")
@@ -723,13 +1057,19 @@ class Dataset:
         if held != header[2] or path.stat().st_size % 2:
             fail(f"{path} is truncated: its header says {header[2]} tokens, it holds {held}; {self.remedy}")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        if digest(tokens) != self.digests[split]:
+        if sha256 and digest(tokens) != sha256:
             fail(f"{path} does not have the digest of its manifest; {self.remedy}")
         if tokens.max() >= self.vocab_size:
             fail(f"{path} holds token {tokens.max()}, beyond its vocabulary; {self.remedy}")
         if tokens[0] != self.bos_id:
             fail(f"{path} does not start with a document; {self.remedy}")
         return tokens
+
+    def set_aside(self, tokens):
+        """Moves whole documents, so many tokens or a little more, from the front of train into `fitness`."""
+        starts, train = self.documents("train"), self.splits["train"]
+        border = starts[np.searchsorted(starts, tokens)] if tokens < starts[-1] else starts[-1]
+        self.splits |= {"fitness": train[:border], "train": train[border:]}
 
     def sequences(self, split, T):
         """The split in file order, (sequences, T+1) uint16; the tail that fills no sequence is left out."""
@@ -738,7 +1078,9 @@ class Dataset:
 
     def documents(self, split):
         """The first position of every document, int64."""
-        return np.flatnonzero(self.splits[split] == self.bos_id)
+        tokens, block = self.splits[split], 2 ** 22  # by blocks, for comparisons make a byte for each token
+        return np.concatenate([np.flatnonzero(tokens[n:n + block] == self.bos_id) + n
+                               for n in range(0, len(tokens), block)])
 
 class Stream:
     """
@@ -789,7 +1131,7 @@ def draw_noise(c, seed, indices, dtype):
     The noise of the sequences with these places in the stream. Philox is counter-based (Salmon et al. 2011):
     a sequence's draws follow from (seed, index). Stochastic depth skips block i with chance p i / (L - 1).
     """
-    layers = np.array(c.layer_order(replay=True) + [c.n_layer])
+    layers = np.array(c.layer_order(replay=True) * c.passes + [c.n_layer])
     drop, keep = [], []
     for index in indices:
         generator = np.random.Generator(np.random.Philox(key=[seed, index]))
@@ -798,16 +1140,30 @@ def draw_noise(c, seed, indices, dtype):
     drop, keep = (torch.from_numpy(np.stack(draws, axis=1)) for draws in (drop, keep))
     return Noise(drop, keep[..., None, None].to(dtype))
 
-def batches(stream, c, seed, step, device, dtype, device_batch):
-    """This rank's micro-batches of an optimizer step: (sequences (B, T+1) int64, noise), on the device."""
-    share = c.batch_sequences // dist.get_world_size()
-    first = step * c.batch_sequences + dist.get_rank() * share
-    for start in range(first, first + share, device_batch):
-        indices = range(start, start + device_batch)
-        sequences = torch.from_numpy(np.stack([stream.sequence(i) for i in indices]).astype(np.int64))
-        noise = draw_noise(c, seed, indices, dtype)
-        move = lambda tensor: tensor.to(device, non_blocking=True)
-        yield move(sequences), Noise(*map(move, noise))
+def batches(stream, c, team, place, device, dtype, device_batch):
+    """
+    This team's batches from a place in the stream on, as lists of this rank's micro-batches (sequences
+    (B, T+1) int64, noise) on the device. A thread makes the next one while this one is used.
+    """
+    share = c.batch_sequences // team.size
+
+    def make(place):
+        def micro(start):
+            indices = range(start, start + device_batch)
+            tokens = np.stack([stream.sequence(i) for i in indices]).astype(np.int64)
+            tensors = torch.from_numpy(tokens), *draw_noise(c, stream.seed, indices, dtype)
+            if device.type == "cuda":
+                tensors = (tensor.pin_memory() for tensor in tensors)
+            sequences, *noise = (tensor.to(device, non_blocking=True) for tensor in tensors)
+            return sequences, Noise(*noise)
+        first = place + team.rank * share
+        return [micro(start) for start in range(first, first + share, device_batch)]
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(make, place)
+        for place in itertools.count(place + c.batch_sequences, c.batch_sequences):
+            batch, following = following.result(), pool.submit(make, place)
+            yield batch
 
 
 # ---- Schedules ---------------------------------------------------------------------------------------------
@@ -823,8 +1179,12 @@ class Schedule:
         """The epoch in which a step lies, from 1: that of its first sequence. Steps straddle the borders."""
         return step * self.c.batch_sequences // self.per_epoch + 1
 
-    def replay(self, step):
-        return self.epoch(step) >= self.c.replay_from
+    def mode(self, step):
+        """How the network is run in a step."""
+        c, epoch = self.c, self.epoch(step)
+        return Mode(replay=c.replayed is not None and epoch >= c.replay_from,
+                    passes=c.passes if step >= c.passes_from * self.steps else 1,
+                    stage=sum(start <= epoch for start, *_ in knots(c.window_stages)) - 1)
 
     def cycle(self, step):
         """How far the step is in its cosine cycle, 0 to 1; None before the last `cycles` epochs."""
@@ -834,61 +1194,91 @@ class Schedule:
 
     def lr(self, step):
         """Multiplier of all learning rates: flat, then falling; at last a cosine to 0.05 in each epoch."""
-        left, warmdown = self.steps - step, round(self.c.warmdown * self.steps)
-        base = 1.0 if left >= warmdown else (left / warmdown) ** self.c.warmdown_power
+        c, left, warmdown = self.c, self.steps - step, round(self.c.warmdown * self.steps)
+        base = 1.0 if left >= warmdown else (left / warmdown) ** c.warmdown_power
         if (cycle := self.cycle(step)) is None:
-            return base
+            return c.lr_floor + (1 - c.lr_floor) * base
         return 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
 
     def weight_decay(self, step):
-        """Multiplier of the decay: flat to 40% of the run, down to 0.65, in each cycle from 0.65 to 1.5."""
+        """
+        Multiplier of the decay: of antiphase 1 to 40% of the run, down to 0.65, in each cycle from 0.65 to
+        1.5; of knots, linear between them.
+        """
         if self.c.wd_schedule == "constant":
             return 1.0
+        if self.c.wd_schedule != "antiphase":
+            epochs, multipliers = zip(*knots(self.c.wd_schedule))
+            steps = [round(epoch * self.steps / self.c.epochs) for epoch in epochs]
+            return float(np.interp(step, steps, multipliers))
         if (cycle := self.cycle(step)) is not None:
             return 0.65 + 0.85 * cycle
         t, end = step / self.steps, 1 - self.c.cycles / self.c.epochs
         return 1.0 if t <= 0.4 else 1 - 0.35 * min(1.0, (t - 0.4) / (end - 0.4))
 
     def momentum(self, step):
-        """Muon's momentum warms up over 300 steps."""
-        return 0.85 + 0.10 * min(step / 300, 1)
+        """Muon's momentum warms up from 0.85 to 0.95."""
+        return 0.85 + 0.10 * min(step / max(1, self.c.momentum_warmup), 1) if self.c.momentum_warmup else 0.95
+
+    def ahead(self, step):
+        """Weights of the head's predictions 1, 2 and 3 tokens ahead: 0.25 falls to 0 first, then 0.5."""
+        if self.c.mtp != "head":
+            return (1.0,)
+        left = 2 - 2 * step / self.steps / self.c.mtp_until  # halves of the annealing that are left
+        weights = (1.0, 0.5 * min(max(left, 0), 1), 0.25 * max(left - 1, 0))
+        return tuple(weight for weight in weights if weight)
+
+    def average(self, step):
+        """The share that the weights after this step take in their running average; 0: they are left out."""
+        c, done, last = self.c, step + 1, step + 1 == self.steps
+        if c.average_kind == "weights":
+            ends = [min(self.steps, -(-epoch * self.per_epoch // c.batch_sequences))
+                    for epoch in range(c.epochs - c.average + 1, c.epochs + 1)]
+            n = sorted(set(ends)).index(done) + 1 if done in ends else 0  # the n-th that is averaged
+            return 0.0 if n < 1 else 2 / (n + 1) if c.average_weights == "recency" else 1 / n
+        if c.average_kind == "ema" and step % 10 == 0:  # 0.15 of the average is older than an epoch; debiased
+            kept, n = 0.15 ** (10 * c.epochs / self.steps), step // 10 + 1
+            return (1 - kept) / (1 - kept ** n)
+        if c.average_kind == "blend" and done >= (start := round(0.9 * self.steps)):
+            first = -(-start // 10) * 10
+            begins = done == first or last and done < first
+            share = 1.0 if begins else 0.0 if done % 10 or done < first else 0.05
+            return 1 - (1 - c.keep_final) * (1 - share) if last else share
+        return 0.0
 
     def training_flops(self, vocab_size, steps=None):
         """The counted operations of the run's first `steps` steps, by default of all."""
-        replayed = sum(map(self.replay, range(steps := steps or self.steps)))
-        per_token = [flops_per_token(self.c, vocab_size, replay) for replay in (False, True)]
-        return self.c.batch_tokens * ((steps - replayed) * per_token[0] + replayed * per_token[1])
+        modes = [self.mode(step) for step in range(steps or self.steps)]
+        per_token = {mode: flops_per_token(self.c, vocab_size, mode) for mode in set(modes)}
+        return self.c.batch_tokens * sum(per_token[mode] for mode in modes)
 
 
-# ---- Scoring -----------------------------------------------------------------------------------------------
+# ---- Scoring and ensembles ---------------------------------------------------------------------------------
 
 class Score(NamedTuple):
     loss: float             # nats per token
     bpb: float              # bits per byte, over the targets that have bytes
     documents: dict         # loss (float64), tokens, bytes (int64) of each of the split's documents
 
-def log_likelihoods(model, sequences, replay, batch):
+def log_likelihoods(target_logprobs, sequences, batch, team, device):
     """
-    sequences (n, T+1) -> log-probabilities of all targets, (n, T) float64 on every rank. Each sequence is
-    scored once, by one rank; the last batch is filled up with the first sequence, which is then dropped.
+    sequences (n, T+1) -> log-probabilities of all targets, (n, T) float64 on every rank of the team, by a
+    function (B, T+1) -> (B, T). Each sequence is scored once, by one rank; the last batch is filled up with
+    the first sequence, which is then dropped.
     """
-    rank, world, device = dist.get_rank(), dist.get_world_size(), model.embed.device
     out = torch.zeros(len(sequences), sequences.shape[1] - 1, dtype=torch.float64, device=device)
-    for start in range(rank * batch, len(sequences), world * batch):
+    for start in range(team.rank * batch, len(sequences), team.size * batch):
         rows = np.arange(start, start + batch)
         chosen = sequences[np.where(rows < len(sequences), rows, 0)]
-        part = torch.from_numpy(chosen.astype(np.int64)).to(device)
-        with torch.no_grad():
-            x, _ = model.trunk(part[:, :-1], replay)
-            scores = target_logprobs(x, model.head[:model.vocab_size], part[:, 1:], model.c.softcap)
+        scores = target_logprobs(torch.from_numpy(chosen.astype(np.int64)).to(device))
         out[start:start + batch] = scores[:len(sequences) - start]
-    dist.all_reduce(out)
-    return out
+    dist.all_reduce(out, group=team.group)
+    return out.cpu().numpy()
 
 def score(data, split, T, logp):
     """logp (n, T) of the split's targets -> its Score. A target counts for the document that it stands in."""
     targets = data.sequences(split, T)[:, 1:]
-    nats, size = -logp.cpu().numpy().ravel(), data.token_bytes[targets.ravel()]
+    nats, size = -logp.ravel(), data.token_bytes[targets.ravel()]
     is_start = data.splits[split] == data.bos_id
     owner = (np.cumsum(is_start) - 1)[:len(targets) * (T + 1)].reshape(-1, T + 1)[:, 1:].ravel()
     total = lambda weights: np.bincount(owner, weights=weights, minlength=is_start.sum())
@@ -896,57 +1286,106 @@ def score(data, split, T, logp):
     return Score(nats.mean(), nats[size > 0].sum() / (math.log(2) * size.sum()), sums)
 
 class Member(NamedTuple):
-    """A model of a predictor: its checkpoint, its weight, and the configuration it is run in."""
+    """A model of a predictor: its checkpoint, how it is run, its own loss, and its weight in the mixture."""
     checkpoint: str
-    weight: float
-    replay: bool
+    sha256: str      # of the checkpoint
+    scores: str      # sha256 of the file of its targets' log-probabilities
+    mode: Mode
+    val_loss: float
+    weight: float = 1.0
 
-def checkpoint_name(epoch):
-    return f"epoch_{epoch:04d}.pt"
-
-def late_members(c, epochs):
-    """The predictor of a run: the checkpoints of these epochs, weighted by recency or equally (#12)."""
-    weights = [n if c.average_weights == "recency" else 1 for n in range(1, len(epochs) + 1)]
-    return [Member(checkpoint_name(epoch), weight / sum(weights), epoch >= c.replay_from)
-            for epoch, weight in zip(epochs, weights)]
-
-def score_mixture(model, folder, members, data, split, batch):
+def select_weights(fitness, top):
     """
-    -> (the Score of the members' weighted mean probability, the loss of each). Members are loaded one after
-    another and only their targets' probabilities are kept: memory does not grow with their number.
+    Log-probabilities (M, n) that M members give the fitness tokens -> the weights (M,) of the mixture that
+    predicts them best, found by 300 steps of gradient descent on their softmax; only the `top` largest stay.
     """
-    sequences = data.sequences(split, model.c.seq_len)
-    mixture, losses = None, []
-    for member in members:
-        load_weights(model, folder / member.checkpoint)
-        logp = log_likelihoods(model, sequences, member.replay, batch)
-        losses.append(-logp.mean().item())
-        logp += math.log(member.weight)
-        mixture = logp if mixture is None else torch.logaddexp(mixture, logp)
-    return score(data, split, model.c.seq_len, mixture), losses
+    probabilities = torch.from_numpy(fitness).exp()
+    generator = torch.Generator().manual_seed(0)
+    alpha = (1e-4 * torch.randn(len(fitness), generator=generator)).to(probabilities.dtype).requires_grad_()
+    optimizer = torch.optim.AdamW([alpha], lr=0.5, weight_decay=0.0)
+    for _ in range(300):
+        loss = -(alpha.softmax(0) @ probabilities).clamp_min(1e-12).log().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_([alpha], 1.0)
+        optimizer.step()
+    weights = alpha.detach().softmax(0)
+    weights[weights.argsort(descending=True, stable=True)[top:]] = 0
+    return (weights / weights.sum()).tolist()
+
+def members_of(c, folder, count=None):
+    """What the first `count` members predict with: late epochs of one model (#12), or an ensemble."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*_????.json"))][:count]
+    found = [Member(**member | {"mode": Mode(*member["mode"])}) for member in found]
+    if c.members == 1:
+        found = found[-c.average if c.average_kind == "probs" else -1:]
+    elif c.drop_first and len(found) > 1:
+        found = found[1:]
+    recency = c.members == 1 and c.average_weights == "recency"
+    weights = [n if recency else 1 for n in range(1, len(found) + 1)]
+    if c.top and count == c.members:
+        weights = select_weights(np.stack([logprobs(folder, member, "fitness") for member in found]), c.top)
+    return [member._replace(weight=weight / sum(weights)) for member, weight in zip(found, weights) if weight]
+
+def logprobs(folder, member, split):
+    """What a member gave the split's targets, from the scores beside its checkpoint: (n * T,) float64."""
+    path = folder / member.checkpoint.replace(".pt", ".npz")
+    check_digest(path, member.scores)
+    return np.load(path)[split].ravel().astype(np.float64)
+
+def check_digest(path, sha256):
+    if not path.exists() or not path.stat().st_size or digest(np.memmap(path, mode="r")) != sha256:
+        fail(f"{path} is missing or damaged: it does not have the digest it was saved with")
+
+def mixture(parts):
+    """[(weight, log-probabilities)], one held at a time -> those of the weighted mean, each one's loss."""
+    total, losses = -np.inf, []
+    for weight, logp in parts:
+        losses.append(-logp.mean())
+        total = np.logaddexp(total, logp + math.log(weight))
+    return total, losses
 
 class Predictor:
     """What a run predicts with, for records/ruler.py: `logprobs(tokens)` is its interface."""
 
     def __init__(self, run_dir, device):
         self.folder, self.device = Path(run_dir) / "checkpoints", torch.device(device)
+        self.loaded, self.verified = None, set()
         spec = json.loads((self.folder / "predictor.json").read_text())
-        self.members, self.loaded = [Member(**member) for member in spec["members"]], None
-        dtype = getattr(torch, spec["dtype"])
-        self.model = make_model(Config(**spec["config"]), spec["vocab_size"], self.device, dtype)
+        self.c, self.vocab_size = Config(**spec["config"]), spec["vocab_size"]
+        self.members = [Member(**m | {"mode": Mode(*m["mode"])}) for m in spec["members"]]
+        self.model = make_model(self.c, self.vocab_size, self.device, getattr(torch, spec["dtype"]))
+
+    def load(self, member):
+        """The model with the member's weights, whose file must have its digest when it is read first."""
+        if self.loaded != member.checkpoint:
+            path = self.folder / member.checkpoint
+            if path not in self.verified:
+                check_digest(path, member.sha256)
+                self.verified.add(path)
+            load_weights(self.model, path)
+            self.loaded = member.checkpoint
+        return self.model
 
     @torch.no_grad()
-    def logprobs(self, tokens):
+    def logprobs(self, tokens, mix=None):
         """tokens (B, T) int64 -> (B, T, V) float32: position t has the log-probabilities of token t+1."""
-        mixture = None
+        mixed, by_logits = None, (mix or self.c.mix) == "logits"
         for member in self.members:
-            if self.loaded != member.checkpoint:
-                load_weights(self.model, self.folder / member.checkpoint)
-                self.loaded = member.checkpoint
-            x, _ = self.model.trunk(tokens.to(self.device), member.replay)
-            logp = self.model.logits(x).log_softmax(-1) + math.log(member.weight)
-            mixture = logp if mixture is None else torch.logaddexp(mixture, logp)
-        return mixture
+            model = self.load(member)
+            z = model.logits(model.trunk(tokens.to(self.device), member.mode)[0])
+            part = z * member.weight if by_logits else z.log_softmax(-1) + math.log(member.weight)
+            mixed = part if mixed is None else mixed + part if by_logits else torch.logaddexp(mixed, part)
+        return mixed.log_softmax(-1) if by_logits else mixed
+
+    def score(self, sequences, batch, team, mix=None):
+        """-> (log-probabilities of the targets of sequences (n, T+1), the loss of each member)."""
+        if (mix or self.c.mix) == "logits":
+            pick = lambda part: self.logprobs(part[:, :-1], mix).gather(-1, part[:, 1:, None])[..., 0]
+            return log_likelihoods(pick, sequences, batch, team, self.device), []
+        parts = ((m.weight, log_likelihoods(lambda part: self.load(m).target_logprobs(part, m.mode),
+                                            sequences, batch, team, self.device)) for m in self.members)
+        return mixture(parts)
 
 load_predictor = Predictor
 
@@ -958,8 +1397,22 @@ def make_model(c, vocab_size, device, dtype):
     with torch.device("meta"):
         model = GPT(c, vocab_size)
     model = model.to_empty(device=device)
-    model.embed.data = model.embed.data.to(dtype)
+    for table in (model.embed, *([model.value_tables] if c.values == "table" else [])):
+        table.data = table.data.to(dtype)
     return model
+
+def make_teacher(model):
+    """A copy of a model that has its matrices in the compute dtype, as they are used, and no gradients."""
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    for p in teacher.parameters():
+        p.data = p.data.to(model.embed.dtype) if p.dim() > 1 else p.data
+    return teacher
+
+def save_weights(model, path):
+    """Writes the weights as they are used, matrices in the compute dtype; -> the file's digest."""
+    values = {name: p.detach().to(model.embed.dtype) if p.dim() > 1 else p.detach()
+              for name, p in model.named_parameters()}
+    return write_atomic(path, lambda file: torch.save(values, file))
 
 @torch.no_grad()
 def load_weights(model, path):
@@ -968,14 +1421,16 @@ def load_weights(model, path):
         p.copy_(weights[name])
 
 def write_atomic(path, write):
-    """write(file) to a temporary name, which takes its place only when all of it is on the disk."""
+    """write(file) to a temporary name, which takes its place when all of it is on the disk; -> its digest."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        sha256 = digest(np.memmap(temporary, mode="r"))
         os.replace(temporary, path)
+        return sha256
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # torch.save wraps a full disk's OSError into a RuntimeError.
@@ -986,14 +1441,15 @@ def write_json(path, value):
 
 class RunLog:
     """
-    The run folder's text: console and log.txt, metrics.jsonl, loss.svg. Every rank keeps the metrics, rank 0
-    writes.
+    The run folder's text: console and log.txt, metrics.jsonl, loss.svg. Every rank keeps the metrics, the
+    first of its team writes them; further teams write files of their own, and nothing to the console.
     """
 
-    def __init__(self, folder, title, wandb_settings):
-        self.folder, self.title, self.wandb = folder, title, None
-        self.metrics, self.main = {"step": [], "eval": [], "final": []}, dist.get_rank() == 0
-        if self.main and not (folder / "log.txt").exists():
+    def __init__(self, folder, title, wandb_settings, team):
+        self.folder, self.title, self.wandb, self.team = folder, title, None, team
+        self.main, self.suffix = team.rank == 0, f"_{team.index}" * (team.index > 0)
+        self.metrics, self.plotted = {"step": [], "eval": [], "ensemble": [], "final": []}, -math.inf
+        if self.main and not team.index and not (folder / "log.txt").exists():
             write_atomic(folder / "train_gpt.py", lambda file: file.write(SOURCE))
             head = f"source train_gpt.py {len(SOURCE)} bytes sha256 {SOURCE_SHA256}\n".encode()
             write_atomic(folder / "log.txt", lambda file: file.write(head + SOURCE + b"\n"))
@@ -1011,50 +1467,53 @@ class RunLog:
 
     def __call__(self, text, console=True):
         if self.main:
-            with open(self.folder / "log.txt", "a") as file:
+            with open(self.folder / f"log{self.suffix}.txt", "a") as file:
                 print(text, file=file)
-            if console:
+            if console and not self.team.index:
                 tqdm.write(text)
 
     def metric(self, kind, **values):
+        values["at"] = len(self.metrics["step"])  # steps before it, of all members
         self.metrics[kind].append(values)
         if self.main:
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with open(self.folder / f"metrics{self.suffix}.jsonl", "a") as file:
                 print(json.dumps({"kind": kind, **values}), file=file)
         if self.wandb is not None:
             named = {f"{kind}/{name}": value for name, value in values.items()}
-            self.guard(lambda: self.wandb.log(named, step=values["step"]))
+            self.guard(lambda: self.wandb.log(named, step=values["at"]))
 
     def rewind(self, size):
         """Cuts metrics.jsonl to the `size` bytes that a state had seen of it, and reads them again."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / f"metrics{self.suffix}.jsonl"
         if self.main:
             with open(path, "a") as file:
                 file.truncate(size)
-        dist.barrier()
+        dist.barrier(group=self.team.group)
         for line in path.read_text().splitlines():
             values = json.loads(line)
             self.metrics[values.pop("kind")].append(values)
 
     def plot(self, final=None):
-        """loss.svg: the training loss of every step, its running mean, and the validation losses."""
-        if not self.main:
+        """loss.svg, at most once a minute: the training loss, its running mean, and the validation losses."""
+        if not self.main or self.team.index or final is None and time.monotonic() < self.plotted + 60:
             return
+        self.plotted = time.monotonic()
         import matplotlib
         matplotlib.use("svg")
         from matplotlib import pyplot as plt
-        x, y = (np.array([m[key] for m in self.metrics["step"]]) for key in ("step", "loss"))
-        at, val = ([m[key] for m in self.metrics["eval"]] for key in ("step", "loss"))
+        y = np.array([m["loss"] for m in self.metrics["step"]])
         width = max(1, len(y) // 50)
+        mean = np.convolve(y, np.ones(width) / width, "valid")
         with plt.rc_context({"svg.hashsalt": "slowrun", "font.size": 9}):
             figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-            axes.plot(x, y, color="0.85", linewidth=0.7, label="training")
-            mean = np.convolve(y, np.ones(width) / width, "valid")
-            axes.plot(x[width - 1:], mean, label=f"mean of {width} steps")
-            axes.plot(at, val, "C1o-", markersize=3, label="validation")
+            axes.plot(y, color="0.85", linewidth=0.7, label="training")
+            axes.plot(np.arange(width - 1, len(y)), mean, label=f"mean of {width} steps")
+            for kind, style, label in ("eval", "C1o-", "validation"), ("ensemble", "C2s-", "members so far"):
+                if rows := self.metrics[kind]:
+                    axes.plot(*zip(*((m["at"], m["loss"]) for m in rows)), style, markersize=3, label=label)
             if final is not None:
                 axes.axhline(final, color="C3", linestyle="--", label=f"final predictor {final:.4f}")
-            low = min(*val, *y[len(y) // 2:], final or math.inf)
+            low = min(*(m["loss"] for m in self.metrics["eval"]), *y[len(y) // 2:], final or math.inf)
             axes.set(title=self.title, xlabel="step", ylabel="nats per token", ylim=(low - 0.1, low + 2.5))
             axes.legend(frameon=False)
             write_atomic(self.folder / "loss.svg",
@@ -1063,17 +1522,16 @@ class RunLog:
 
 class Keeper:
     """
-    The states from which a run can go on: state/step_NNNNNNN/, the newest two. Each rank writes its part of a
-    copy, in the background and under a temporary name; when all is on the disk, rank 0 adds the progress and
-    the digests and renames the folder.
+    The states from which a team can go on: state/step_NNNNNNN/, the newest two. Each rank writes its part of
+    a copy, in the background and under a temporary name; when all is on the disk, the first rank adds the
+    progress and the digests and renames the folder.
     """
 
-    def __init__(self, folder, optimizer, timeout):
-        self.folder, self.optimizer, self.writing = folder / "state", optimizer, None
-        self.writer = ThreadPoolExecutor(1)
-        self.group = dist.new_group(backend="gloo", timeout=timeout)  # not to mix with training's messages
-        self.saved_at = time.monotonic()
-        on_main(self.clear)
+    def __init__(self, log, optimizer, team):
+        self.folder, self.log = log.folder / f"state{log.suffix}", log
+        self.optimizer, self.team = optimizer, team
+        self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
+        on_main(team, self.clear)
 
     def clear(self):
         self.folder.mkdir(exist_ok=True)
@@ -1083,14 +1541,18 @@ class Keeper:
     def save(self, progress):
         """Copies the state and begins to write it, with a dictionary for JSON, after the one before."""
         self.wait()
-        self.writing = self.writer.submit(self.write, self.optimizer.shards(), progress)
+        inner = io.BytesIO()
+        torch.save(self.optimizer.inner_states(), inner)
+        self.writing = self.writer.submit(self.write, self.optimizer.shards(), inner.getvalue(), progress)
         self.saved_at = time.monotonic()
 
-    def write(self, shards, progress):
-        """In the writer's thread. The save ends on rank 0 when all ranks' parts are on the disk."""
-        temporary = self.folder / f"step_{progress['step']:07d}.tmp"
-        dcp.save(shards, checkpoint_id=temporary, process_group=self.group)
-        if dist.get_rank() == 0:
+    def write(self, shards, inner, progress):
+        """In the writer's thread. The save ends on the first rank when all ranks' parts are on the disk."""
+        temporary = self.folder / f"step_{progress['updates']:07d}.tmp"
+        temporary.mkdir(exist_ok=True)
+        (temporary / f"inner_{self.team.rank}.pt").write_bytes(inner)
+        dcp.save(shards, checkpoint_id=temporary, process_group=self.team.side)
+        if self.team.rank == 0:
             write_json(temporary / "progress.json", progress)
             digests = {file.name: digest(np.memmap(file, mode="r")) for file in temporary.iterdir()}
             write_json(temporary / "manifest.json", digests)
@@ -1103,17 +1565,23 @@ class Keeper:
         if self.writing is not None:
             self.writing.result()
 
-    def restore(self, log):
+    def restore(self):
         """Loads the newest sound state in place; -> its progress, or None where there is no state."""
-        path, progress = on_main(self.newest, log)
+        path, progress = on_main(self.team, self.newest)
         if path:
             shards = self.optimizer.shards()
-            dcp.load(shards, checkpoint_id=path, process_group=self.group)
+            dcp.load(shards, checkpoint_id=path, process_group=self.team.side)
             for i, group in enumerate(self.optimizer.groups):
                 group.load(shards[f"{i}"])
+            if inner := self.optimizer.inner_states():
+                if progress["ranks"] != self.team.size:
+                    fail(f"the state of this optimizer goes on only on its {progress['ranks']} ranks")
+                saved = torch.load(path / f"inner_{self.team.rank}.pt", weights_only=True)
+                for i in inner:
+                    self.optimizer.groups[i].inner.load_state_dict(saved[i])
         return progress
 
-    def newest(self, log):
+    def newest(self):
         """The newest sound state and its progress. Those that are not sound are named and removed."""
         for path in sorted(self.folder.glob("step_???????"), reverse=True):
             try:
@@ -1122,71 +1590,74 @@ class Keeper:
                         raise ValueError(f"{name} does not have its digest")
                 return path, json.loads((path / "progress.json").read_text())
             except (OSError, ValueError) as error:
-                log(f"state  {path.name} is unsound: {error}; going back to the one before it")
+                self.log(f"state  {path.name} is unsound: {error}; going back to the one before it")
                 shutil.rmtree(path)
         return None, None
 
-def on_main(function, *arguments):
-    """Rank 0 calls the function; every rank gets its result, or ends as rank 0 does."""
+def on_main(team, function, *arguments):
+    """The team's first rank calls the function; every rank gets its result, or ends as the first does."""
     outcome = [None]
-    if dist.get_rank() == 0:
+    if team.rank == 0:
         try:
             outcome = [function(*arguments)]
         except (SystemExit, OSError) as end:
             outcome = [end]
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=team.group, group_src=0)
     if isinstance(outcome[0], (SystemExit, OSError)):
         raise outcome[0]
     return outcome[0]
 
-def open_run(c, args, data):
+def run_folders(track):
+    """[(folder, run.json)] of the track's runs, the newest last."""
+    runs = [(path.parent, json.loads(path.read_text())) for path in (ROOT / "runs").glob("*/run.json")]
+    return sorted((run for run in runs if run[1]["track"] == track), key=lambda run: run[1]["started"])
+
+def unfinished(folder):
+    return not (folder / "result.json").exists()
+
+def find_run(args):
+    """What --resume names: the folder of an unfinished run, and its run.json."""
+    runs = [run for run in run_folders(args.track) if unfinished(run[0])]
+    named = [run for run in runs if args.resume in ("newest", run[0].name)]
+    if not named and (ROOT / "runs" / args.resume / "result.json").exists():
+        fail(f"the run {args.resume} is complete: see runs/{args.resume}/result.json")
+    return named[-1] if named else fail(f"{args.track} has no unfinished run to resume ({args.resume})")
+
+def open_run(run, args):
     """
-    -> the run's folder, locked: a new one, or with --resume that of an unfinished run, which must be the
-    same. When torchrun has restarted the group because a rank was lost, the group's run goes on by itself.
+    -> the run's folder, locked, and its run.json: a new one, or with --resume that of an unfinished run,
+    which must be the same. When torchrun has restarted the ranks because one was lost, their run goes on.
     """
     launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} on {platform.node()} by {os.getppid()}"
-    run = {"track": args.track, "seed": args.seed, "config": dataclasses.asdict(c),
-           "data": {"name": data.name, **data.digests}, "source_sha256": SOURCE_SHA256}
-    runs = sorted((old["started"], path.parent, old["launch"]) for path in (ROOT / "runs").glob("*/run.json")
-                  if (old := json.loads(path.read_text()))["track"] == args.track)
-    unfinished = [folder for _, folder, _ in runs if not (folder / "result.json").exists()]
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if own := [folder for _, folder, by in runs if restarted and by == launch]:
-        folder = own[-1] if own[-1] in unfinished else sys.exit()  # a rank was lost after the end
-    elif args.resume == "newest":
-        folder = unfinished[-1] if unfinished else fail(f"no run of the track {args.track} is unfinished")
+    own = [folder for folder, old in run_folders(args.track) if restarted and old["launch"] == launch]
+    if own:
+        folder = own[-1] if unfinished(own[-1]) else sys.exit()  # a rank was lost after the end
     elif args.resume:
         folder = ROOT / "runs" / args.resume
-        if not (folder / "run.json").exists():
-            fail(f"there is no run to resume in runs/{args.resume}")
     else:
         name = args.run_name or f"{args.track}_{datetime.now():%Y%m%d-%H%M%S}_s{args.seed}"
         folder = ROOT / "runs" / name
         if any(path.name not in ("checkpoints", "run.json.tmp") for path in folder.glob("*")):
             fail(f"the run runs/{name} exists already; choose another --run-name, or --resume {name}")
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", run | {"launch": launch, "started": time.time()})
+        write_json(folder / "run.json", run | {"started": time.time(), "launch": launch})
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the process ends
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"another process is training in runs/{folder.name}; stop it first")
-    write_json(folder / "run.json", check_same_run(folder, run, args) | {"launch": launch})
-    return folder
-
-def check_same_run(folder, run, args):
-    """A run goes on only as what it was: track, seed, configuration, data and source; -> its run.json."""
     before = json.loads((folder / "run.json").read_text())
-    if (folder / "result.json").exists():
-        fail(f"the run {folder.name} is complete: see runs/{folder.name}/result.json")
-    flat = lambda run: {**run["config"], **{name: run[name] for name in ("track", "seed", "data")}}
-    old, new = flat(before), flat(run)
-    changed = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
+    changed = [f"{name} was {before[name]}, is {run[name]}" for name in run if before[name] != run[name]
+               and name not in ("config", "source_sha256")]
     if before["source_sha256"] != SOURCE_SHA256 and not args.resume_anyway:
         changed.append("train_gpt.py was edited since (--resume-anyway accepts that)")
     if changed:
         fail(f"the run {folder.name} cannot go on as another one: {'; '.join(changed)}")
-    return before
+    edited = before.get("edited", False) or before["source_sha256"] != SOURCE_SHA256
+    before |= {"launch": launch, "edited": edited}
+    write_json(folder / "run.json", before)
+    return folder, before
 
 
 # ---- The training loop -------------------------------------------------------------------------------------
@@ -1207,151 +1678,322 @@ class StopSignal:
             os._exit(128 + number)
         self.name, self.at = self.name or signal.Signals(number).name, time.monotonic()
 
-def warm_up(model, c, args, device, dtype):
-    """Compiles every variant of the model on throw-away data, so that training time holds none of it."""
-    sequences = torch.zeros(args.device_batch, c.seq_len + 1, dtype=torch.int64, device=device)
-    noise = Noise(*(part.to(device) for part in draw_noise(c, args.seed, range(args.device_batch), dtype)))
-    for replay in (False, True):
-        loss, _ = model.loss(sequences, replay, noise, c.batch_sequences)
-        loss.backward()
-        log_likelihoods(model, sequences[:1].cpu().numpy(), replay, args.device_batch)
-    for p in model.parameters():
-        p.grad.zero_()
+class Report:
+    """A step's loss, |gradient|^2 and flags, summed over the team; read a step later, when it is there."""
 
-def train(c, args, data, log, device, dtype, stop):
-    """Trains a model, or goes on with it; -> (model, members, steps, {train,wall}_seconds)."""
-    started = time.time()
-    stream = Stream(data.splits["train"], data.documents("train"), c, args.seed)
-    schedule = Schedule(c, stream.per_epoch)
-    steps = min(schedule.steps, args.max_steps or schedule.steps)
-    model = make_model(c, data.vocab_size, device, dtype)
-    initialise(model, c, args.seed)
-    optimizer = Optimizer(model, c, dtype)
-    keeper = Keeper(log.folder, optimizer, timedelta(minutes=args.timeout))
-    log(f"plan   {model.parameter_count():,} parameters, "
-        f"{c.epochs} epochs of {stream.per_epoch * c.seq_len:,} tokens, "
-        f"{schedule.steps} steps of {c.batch_tokens:,}, {schedule.training_flops(data.vocab_size):.3g} FLOPs")
-    warm_up(model, c, args, device, dtype)
-    progress = keeper.restore(log) or dict(step=0, metrics_bytes=0, train_seconds=0.0, wall_seconds=0.0)
-    first, train_seconds = progress["step"], progress["train_seconds"]
-    log.rewind(progress["metrics_bytes"])
-    wall_seconds = lambda: progress["wall_seconds"] + time.time() - started
+    def __init__(self, step, values, team):
+        self.step, self.values, self.copied = step, torch.stack(values), None
+        dist.all_reduce(self.values, group=team.group)
+        if self.values.is_cuda:
+            host = torch.empty_like(self.values, device="cpu", pin_memory=True)
+            self.values, self.copied = host.copy_(self.values, non_blocking=True), torch.cuda.Event()
+            self.copied.record()
 
-    def check_finite(what, value, step):
+    def read(self):
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values.tolist()
+
+def member_schedule(c, tokens, team, member):
+    """The schedule of one of the run's members on these tokens, and in it the member's configuration."""
+    links = -(-c.members // team.teams)
+    return Schedule(c.member(member // team.teams, links), len(tokens) // (c.seq_len + 1))
+
+class Training:
+    """What a team trains with, and what it does between the steps. `progress` is what a state remembers."""
+
+    def __init__(self, c, args, data, log, team, device, dtype, stop):
+        self.c, self.args, self.data, self.log, self.team, self.stop = c, args, data, log, team, stop
+        self.device, self.dtype, self.folder = device, dtype, log.folder / "checkpoints"
+        self.started = time.time()
+        self.schedules = {member: member_schedule(c, data.splits["train"], team, member)
+                          for member in range(team.index, c.members, team.teams)}
+        self.model = make_model(c, data.vocab_size, device, dtype)
+        self.model.checkpointing = args.checkpointing
+        initialise(self.model, c, args.seed)
+        self.teacher = make_teacher(self.model) if c.distill else None
+        self.optimizer = Optimizer(self.model, c, dtype, team)
+        self.keeper = Keeper(log, self.optimizer, team)
+        first = self.schedules[team.index]
+        flops = sum(schedule.training_flops(data.vocab_size) for schedule in self.schedules.values())
+        log(f"plan   {self.model.parameter_count():,} parameters, {c.epochs} epochs of "
+            f"{first.per_epoch * c.seq_len:,} tokens, {first.steps} steps of {c.batch_tokens:,}, "
+            f"{flops:.3g} FLOPs")
+        self.warm_up()
+        self.progress = self.keeper.restore() or dict(member=team.index, step=0, updates=0, metrics_bytes=0,
+                                                      train_seconds=0.0, wall_seconds=0.0)
+        self.progress["ranks"] = team.size
+        self.wall_before = self.progress["wall_seconds"]
+        log.rewind(self.progress["metrics_bytes"])
+
+    def warm_up(self):
+        """Compiles every variant of the model on throw-away data, so that training time holds none of it."""
+        c, batch = self.c, self.args.device_batch
+        sequences = torch.zeros(batch, c.seq_len + 1, dtype=torch.int64, device=self.device)
+        noise = Noise(*(part.to(self.device) for part in draw_noise(c, 0, range(batch), self.dtype)))
+        variants = {(s.mode(step), len(s.ahead(step)), s.c.distill > 0)
+                    for s in self.schedules.values() for step in range(s.steps)}
+        for mode, ahead, taught in sorted(variants):
+            lesson = self.teacher.teach(sequences, mode) if taught else None
+            self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
+            self.model.target_logprobs(sequences, mode)
+        for p in self.model.parameters():
+            p.grad.zero_()
+
+    def begin(self, member):
+        """Makes the weights that a member starts from: new ones, or the perturbed ones of the one before."""
+        c, link = self.c, member // self.team.teams
+        seed = self.args.seed + (self.team.index if c.restarts else member)
+        if self.progress["step"] == 0 and c.restarts and link:
+            perturb(self.model, c, seed, link, len(self.schedules))
+        elif self.progress["step"] == 0:
+            initialise(self.model, c, seed)
+            self.optimizer.reset()
+            start = self.evaluate(member, 0, 0, self.schedules[member].mode(0))[0]
+            self.log(f"start  val {start.loss:.4f} before training")
+        return seed
+
+    def load_teacher(self, member):
+        """The member before in the chain becomes the teacher; -> how it is run."""
+        record = self.folder / f"member_{member - self.team.teams:04d}.json"
+        if not record.exists():
+            fail(f"{record} is missing: it belongs to the teacher of member {member}")
+        before = json.loads(record.read_text())
+        check_digest(path := self.folder / before["checkpoint"], before["sha256"])
+        load_weights(self.teacher, path)
+        return Mode(*before["mode"])
+
+    def likelihoods(self, split, mode):
+        logprobs = lambda part: self.model.target_logprobs(part, mode)
+        sequences = self.data.sequences(split, self.c.seq_len)
+        return log_likelihoods(logprobs, sequences, self.args.device_batch, self.team, self.device)
+
+    def evaluate(self, member, step, epoch, mode):
+        """-> (the Score on val, the log-probabilities that it comes from)."""
+        logp = self.likelihoods("val", mode)
+        result = score(self.data, "val", self.c.seq_len, logp)
+        self.check_finite("val loss", result.loss, step)
+        self.log.metric("eval", member=member, step=step, epoch=epoch, split="val", loss=result.loss,
+                        bpb=result.bpb)
+        return result, logp
+
+    def check_finite(self, what, value, step):
         if not math.isfinite(value):
-            kept = sorted(path.name for path in (log.folder / "checkpoints").glob("epoch_*.pt"))
+            kept = sorted(path.name for path in self.folder.glob("*.pt"))
             quit_run(3, f"the {what} is {value} at step {step}; the last good checkpoint is "
-                        f"{kept[-1] if kept else 'none'} in runs/{log.folder.name}")
+                        f"{kept[-1] if kept else 'none'} in runs/{self.log.folder.name}")
 
-    def evaluate(step, epoch):
-        replay = schedule.replay(max(step - 1, 0))
-        logp = log_likelihoods(model, data.sequences("val", c.seq_len), replay, args.device_batch)
-        result = score(data, "val", c.seq_len, logp)
-        check_finite("val loss", result.loss, step)
-        log.metric("eval", step=step, epoch=epoch, split="val", loss=result.loss, bpb=result.bpb)
-        return result
+    def keep(self, name, mode, val, others=True):
+        """Files the model as a member of the predictor, with what it gives the targets of val and others."""
+        scores = {"val": val.astype(np.float32)}
+        for split in ["audit", "fitness"][:1 + (self.c.top > 0)] if others else []:
+            scores[split] = self.likelihoods(split, mode).astype(np.float32)
+        if self.log.main:
+            sha256 = save_weights(self.model, self.folder / f"{name}.pt")
+            scored = write_atomic(self.folder / f"{name}.npz", lambda file: np.savez(file, **scores))
+            loss = -scores["val"].mean(dtype=float)
+            member = Member(f"{name}.pt", sha256, scored, mode, loss)
+            write_json(self.folder / f"{name}.json", member._asdict())
+            if self.c.members == 1:
+                self.write_predictor(1)
+        dist.barrier(group=self.team.group)
 
-    def save_state(step):
-        with open(log.folder / "metrics.jsonl", "a") as file:
+    def write_predictor(self, count):
+        """Says in predictor.json what the first `count` members predict with; -> them, weighted."""
+        members = members_of(self.c, self.folder, None if self.c.members == 1 else count)
+        spec = {"config": dataclasses.asdict(self.c), "vocab_size": self.data.vocab_size,
+                "dtype": str(self.dtype)[6:], "members": [member._asdict() for member in members]}
+        write_json(self.folder / "predictor.json", spec)
+        return members
+
+    def discard(self, files):
+        """Removes members that are no part of the predictor."""
+        for path in files if self.log.main else ():
+            for suffix in (".pt", ".npz", ".json"):  # what has its .json is found again
+                path.with_suffix(suffix).unlink(missing_ok=True)
+
+    def wall_seconds(self):
+        return self.wall_before + time.time() - self.started
+
+    def save_state(self):
+        with open(self.log.folder / f"metrics{self.log.suffix}.jsonl", "a") as file:
             os.fsync(file.fileno())
-            keeper.save({"step": step, "metrics_bytes": file.tell(), "train_seconds": train_seconds,
-                         "wall_seconds": wall_seconds()})
+            now = {"metrics_bytes": file.tell(), "wall_seconds": self.wall_seconds()}
+            self.keeper.save(self.progress | now)
 
-    if first:
-        log(f"resume at step {first}, after {train_seconds / 60:.1f} minutes of training")
-    else:
-        log(f"start  val {evaluate(0, 0).loss:.4f} before training")
+    def leave(self):
+        """Ends the run because a signal has come."""
+        self.keeper.wait()
+        dist.barrier(group=self.team.group)
+        quit_run(75, f"stopped by a signal after step {self.progress['step'] - 1}; to go on: ./run.sh "
+                     f"{self.args.track} --resume {self.log.folder.name}")
+
+    def wait_for_teams(self, count):
+        """Until there are the first `count` members. All ranks see a signal that came to one."""
+        while True:
+            missing = not all((self.folder / f"member_{n:04d}.json").exists() for n in range(count))
+            flags = torch.tensor([missing, self.stop.name is not None], dtype=torch.float32)
+            dist.all_reduce(flags, group=self.team.side)
+            if flags[1]:
+                self.leave()
+            if not flags[0]:
+                return
+            time.sleep(0.1)
+
+def train(t):
+    """Trains the team's members, one after another, or goes on with them."""
+    c, args, team, log, progress, optimizer = t.c, t.args, t.team, t.log, t.progress, t.optimizer
+    if progress["updates"]:
+        minutes = progress["train_seconds"] / 60
+        log(f"resume at step {progress['step']}, after {minutes:.1f} minutes of training")
     gc.collect()
     gc.freeze()  # what lives now lives to the end: the collector need not walk it at every pass
-    bar = tqdm(initial=first, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
-               disable=not (log.main and sys.stdout.isatty()))
-    for step in range(first, steps):
-        began, epoch = time.perf_counter(), schedule.epoch(step)
-        lr, weight_decay, momentum = schedule.lr(step), schedule.weight_decay(step), schedule.momentum(step)
-        loss = torch.zeros((), device=device)
-        for sequences, noise in batches(stream, c, args.seed, step, device, dtype, args.device_batch):
-            total, plain = model.loss(sequences, schedule.replay(step), noise, c.batch_sequences)
-            total.backward()
-            loss += plain
-        squares = optimizer.step(lr, weight_decay, momentum, step + 1)
-        # One message tells all ranks the loss, the gradient's norm, and whether one was told to stop or save.
-        save_due = time.monotonic() > keeper.saved_at + 60 * args.save_every
-        report = torch.stack((loss, squares, *loss.new_tensor((save_due, stop.name is not None))))
-        dist.all_reduce(report)
-        loss, squares, save_due, stopping = report.tolist()
-        train_seconds += time.perf_counter() - began
-        check_finite("training loss", loss, step)
-        check_finite("gradient", squares, step)
-        log.metric("step", step=step, loss=loss, grad_norm=squares ** 0.5, lr=lr, weight_decay=weight_decay,
-                   seconds=round(train_seconds, 3))
-        log(f"step   {step + 1:5d}/{steps}  train {loss:.4f}  {train_seconds:.1f} s", console=False)
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        bar.update()
-        if step == first + 9:
-            per_step = (train_seconds - progress["train_seconds"]) / 10
-            log(f"       about {per_step * (steps - first) / 60:.1f} minutes of training expected")
-        if schedule.epoch(step + 1) > epoch or step + 1 == steps:
-            result = evaluate(step + 1, epoch)
-            if log.main:
-                folder = log.folder / "checkpoints"
-                save = lambda file: torch.save(model.state_dict(), file)
-                write_atomic(folder / checkpoint_name(epoch), save)
-                (folder / checkpoint_name(epoch - c.average)).unlink(missing_ok=True)
-            losses = [m["loss"] for m in log.metrics["step"] if schedule.epoch(m["step"]) == epoch]
-            log(f"epoch  {epoch:3d}/{c.epochs}  step {step + 1:5d}  train {np.mean(losses):.4f}  "
-                f"val {result.loss:.4f}  {result.bpb:.4f} bpb  {train_seconds / 60:.1f} min  "
-                f"{(step + 1) * c.batch_tokens / train_seconds:,.0f} tok/s")
-            log.plot()
-            save_state(step + 1)
-        elif save_due or stopping:
-            save_state(step + 1)
-        if stopping and step + 1 < steps:
-            keeper.wait()
-            dist.barrier()
-            quit_run(75, f"stopped by a signal after step {step}; to go on, give the same command and "
-                         f"--resume {log.folder.name}")
-    keeper.wait()
-    bar.close()
-    last = schedule.epoch(steps - 1)
-    members = late_members(c, range(max(1, last - c.average + 1), last + 1))
-    return model, members, steps, {"train_seconds": train_seconds, "wall_seconds": wall_seconds()}
+    place = 0  # in the stream: fresh members read it from its start, snapshots where the one before has ended
+    for member, schedule in t.schedules.items():
+        cm = schedule.c
+        steps = min(schedule.steps, args.max_steps or schedule.steps)
+        if member < progress["member"]:
+            place += c.restarts * steps * cm.batch_sequences
+            continue
+        if member > progress["member"]:
+            progress |= {"member": member, "step": 0}
+        first, last, report = progress["step"], schedule.epoch(steps - 1), None
+        seed, seconds_before = t.begin(member), progress["train_seconds"]
+        teacher_mode = t.load_teacher(member) if cm.distill else None
+        stream = Stream(t.data.splits["train"], t.data.documents("train"), c, seed)
+        supply = batches(stream, cm, team, place + first * cm.batch_sequences, t.device, t.dtype,
+                         args.device_batch)
+        place += c.restarts * steps * cm.batch_sequences
+        bar = tqdm(initial=first, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
+                   disable=not (log.main and team.index == 0 and sys.stdout.isatty()))
 
-def finish(c, args, data, log, machine, model, members, steps, seconds):
+        def settle(report):
+            """Reads and logs a step's report; -> (is a state due, has a signal come)."""
+            loss, squares, save_due, stopping = report.read()
+            step, seconds = report.step, progress["train_seconds"]
+            t.check_finite("training loss", loss, step)
+            t.check_finite("gradient", squares, step)
+            log.metric("step", member=member, step=step, loss=loss, grad_norm=squares ** 0.5,
+                       lr=schedule.lr(step), weight_decay=schedule.weight_decay(step),
+                       seconds=round(seconds, 3))
+            log(f"step   {step + 1:5d}/{steps}  train {loss:.4f}  {seconds:.1f} s", console=False)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+            if step == first + 9:
+                minutes = (seconds - seconds_before) / 10 * (steps - first) / 60
+                log(f"       about {minutes:.1f} minutes of training expected")
+            return save_due, stopping
+
+        for step in range(first, steps):
+            began, epoch, mode = time.perf_counter(), schedule.epoch(step), schedule.mode(step)
+            loss = torch.zeros((), device=t.device)
+            for n, (sequences, noise) in enumerate(batch := next(supply), 1):
+                if n == len(batch):
+                    optimizer.expect()
+                lesson = t.teacher.teach(sequences, teacher_mode) if cm.distill else None
+                total, plain = t.model.loss(sequences, mode, noise, cm.batch_sequences, schedule.ahead(step),
+                                            lesson)
+                total.backward()
+                loss += plain
+            progress |= {"step": step + 1, "updates": progress["updates"] + 1}
+            squares = optimizer.step(schedule.lr(step), schedule.weight_decay(step), schedule.momentum(step),
+                                     progress["updates"] if c.restarts else step + 1, schedule.average(step))
+            # One message tells all ranks the loss, the gradient's norm, and whether one should save or stop.
+            save_due = time.monotonic() > t.keeper.saved_at + 60 * args.save_every
+            flags = loss.new_tensor((save_due, t.stop.name is not None))
+            report, earlier = Report(step, (loss, squares, *flags), team), report
+            save_due, stopping = settle(earlier) if earlier else (False, False)
+            ends_epoch = schedule.epoch(step + 1) > epoch or step + 1 == steps
+            if pause := ends_epoch or save_due or stopping:
+                report.read()  # waits for the device
+            progress["train_seconds"] += time.perf_counter() - began
+            if pause:
+                stopping, report = settle(report)[1] or stopping, None
+            if ends_epoch:
+                result, val = t.evaluate(member, step + 1, epoch, mode)
+                if c.members == 1:
+                    averaged = c.average if c.average_kind == "probs" else 0
+                    t.keep(f"epoch_{epoch:04d}", mode, val, others=epoch > last - averaged)
+                    t.discard(sorted(t.folder.glob("epoch_*.json"))[:-max(1, averaged)])
+                losses = [m["loss"] for m in log.metrics["step"][-schedule.steps:]
+                          if m["member"] == member and schedule.epoch(m["step"]) == epoch]
+                speed = (step + 1 - first) * cm.batch_tokens / (progress["train_seconds"] - seconds_before)
+                log(f"epoch  {epoch:3d}/{cm.epochs}  step {step + 1:5d}  train {np.mean(losses):.4f}  "
+                    f"val {result.loss:.4f}  {result.bpb:.4f} bpb  {progress['train_seconds'] / 60:.1f} min  "
+                    f"{speed:,.0f} tok/s")
+                log.plot()
+            if pause:
+                t.save_state()
+            if stopping and not (step + 1 == steps and member + team.teams >= c.members):
+                t.leave()
+        bar.close()
+        supply.close()
+        t.keeper.wait()
+        if c.members > 1 or c.average_kind != "probs":
+            if any(map(schedule.average, range(steps))):
+                optimizer.take_average()
+            mode = schedule.mode(steps - 1)
+            result, val = t.evaluate(member, steps, last, mode)
+            t.keep(f"member_{member:04d}", mode, val)
+            t.discard(t.folder.glob("epoch_*.json"))
+        if c.members > 1 and team.index == 0:
+            t.wait_for_teams(count := min(member + team.teams, c.members))
+            if log.main:
+                so_far = t.write_predictor(count)
+                logp, _ = mixture((m.weight, logprobs(t.folder, m, "val")) for m in so_far)
+                log.metric("ensemble", member=member, step=steps, members=len(so_far), loss=-logp.mean())
+                log(f"member {member + 1:3d}/{c.members}  val {result.loss:.4f}  "
+                    f"the {len(so_far)} members so far {-logp.mean():.4f}")
+                log.plot()
+
+def finish(t, run):
     """Scores the final predictor, writes what the run leaves behind, prints the final table."""
-    if log.main:
-        write_json(log.folder / "checkpoints" / "predictor.json",
-                   {"config": dataclasses.asdict(c), "vocab_size": data.vocab_size,
-                    "dtype": str(model.embed.dtype)[6:], "members": [m._asdict() for m in members]})
-    scores, documents, losses = {}, {}, {}
+    c, args, data, log, team, folder = t.c, t.args, t.data, t.log, t.team, t.folder
+    dist.barrier(group=team.group)  # the first rank has written predictor.json
+    members, mixed = members_of(c, folder, None if c.members == 1 else c.members), {}
     for split in ("val", "audit"):
-        scores[split], losses[split] = score_mixture(
-            model, log.folder / "checkpoints", members, data, split, args.device_batch)
-        documents |= {f"{split}_{name}": values for name, values in scores[split].documents.items()}
-    schedule = Schedule(c, len(data.splits["train"]) // (c.seq_len + 1))
+        if c.mix == "logits":
+            sequences = data.sequences(split, c.seq_len)
+            mixed[split], _ = Predictor(log.folder, t.device).score(sequences, args.device_batch, team)
+        elif log.main:
+            mixed[split], _ = mixture((m.weight, logprobs(folder, m, split)) for m in members)
+    if not log.main:
+        return
+    scores = {split: score(data, split, c.seq_len, mixed[split]) for split in mixed}
+    schedules = [member_schedule(c, data.splits["train"], team, member) for member in range(c.members)]
+    steps = [min(s.steps, args.max_steps or s.steps) for s in schedules]
     totals = {f"{split}_{name}": getattr(scores[split], name) for split in scores for name in ("loss", "bpb")}
     r = {
         "track": args.track, "seed": args.seed, "config": dataclasses.asdict(c), **totals,
-        "members": [{"checkpoint": m.checkpoint, "weight": m.weight, "val_loss": loss}
-                    for m, loss in zip(members, losses["val"])],
-        "parameters": model.parameter_count(), "tokens_seen": steps * c.batch_tokens,
-        "training_flops": schedule.training_flops(data.vocab_size, steps), **seconds,
-        "machine": machine, "data": {"name": data.name, **data.digests}, "source_sha256": SOURCE_SHA256,
-        "val_evaluations": len(log.metrics["eval"]) + 1, "date": f"{datetime.now():%Y-%m-%d}",
+        "members": [{"checkpoint": m.checkpoint, "weight": m.weight, "val_loss": m.val_loss}
+                    for m in members],
+        "parameters": t.model.parameter_count(),
+        "tokens_seen": sum(n * s.c.batch_tokens for n, s in zip(steps, schedules)),
+        "training_flops": sum(s.training_flops(data.vocab_size, n) for n, s in zip(steps, schedules)),
+        "train_seconds": t.progress["train_seconds"], "wall_seconds": t.wall_seconds(),
+        "gpu_seconds": t.progress["train_seconds"] * dist.get_world_size(),
+        **{name: run[name] for name in ("machine", "data")}, "source_sha256": SOURCE_SHA256,
+        "val_evaluations": 1 + sum(json.loads(row)["kind"] in ("eval", "ensemble")
+                                   for path in log.folder.glob("metrics*.jsonl") for row in path.open()),
+        "date": f"{datetime.now():%Y-%m-%d}",
     }
     field, cap = CAPS.get(args.track, ("training_flops", math.inf))
     dataset = TRACKS[args.track].get("dataset", Config.dataset)
     r["violations"] = [reason for reason, broken in {
         f"{field} {r[field]:.4g} is over the track's cap of {cap:.4g}": r[field] > cap,
-        "stopped early by --max-steps": steps < schedule.steps,
+        "stopped early by --max-steps": steps < [s.steps for s in schedules],
         f"trained on {data.name}, not on the track's {dataset}": data.name != dataset,
+        "train_gpt.py was edited while it ran": run["edited"],
     }.items() if broken]
     r["complete"] = True
-    log.metric("final", step=steps, **totals)
+    log.metric("final", step=steps[-1], **totals)
     log.plot(final=r["val_loss"])
-    if log.main:
-        write_atomic(log.folder / "doc_losses.npz", lambda file: np.savez_compressed(file, **documents))
-        write_json(log.folder / "result.json", r)
-        shutil.rmtree(log.folder / "state")
+    documents = {f"{split}_{name}": values for split in scores
+                 for name, values in scores[split].documents.items()}
+    write_atomic(log.folder / "doc_losses.npz", lambda file: np.savez_compressed(file, **documents))
+    write_json(log.folder / "result.json", r)
+    for state in log.folder.glob("state*"):
+        shutil.rmtree(state)
     log("\n" + "\n".join(f"{name:<12} {text}" for name, text in [
         ("val loss", f"{r['val_loss']:.4f}   ({r['val_bpb']:.4f} bits per byte)"),
         ("audit loss", f"{r['audit_loss']:.4f}   ({r['audit_bpb']:.4f} bits per byte)"),
@@ -1362,6 +2004,112 @@ def finish(c, args, data, log, machine, model, members, steps, seconds):
                     f"{r['parameters']:,} parameters"),
         *(("no record", reason) for reason in r["violations"]),
         ("run", f"runs/{log.folder.name}/  (loss.svg, result.json, log.txt)"),
+    ]))
+
+def score_again(args, device, team):
+    """--eval: scores a run, complete or not, from the checkpoints it has so far."""
+    folder = ROOT / "runs" / args.eval
+    if not (folder / "checkpoints" / "predictor.json").exists():
+        fail(f"there is no checkpoint in runs/{args.eval}; the runs are in runs/")
+    predictor = Predictor(folder, device)
+    c = predictor.c
+    data = Dataset(args.data or ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
+    batch = args.device_batch or max(1, 16384 // c.seq_len)
+    result = folder / "result.json"
+    stated = json.loads(result.read_text()) if result.exists() else {}
+    for split in [args.split] if args.split else ["val", "audit"]:
+        if split not in data.splits:
+            data.splits[split] = data.open(Path(split))
+        logp, losses = predictor.score(data.sequences(split, c.seq_len), batch, team, args.mix)
+        total = score(data, split, c.seq_len, logp)
+        if dist.get_rank() == 0:
+            for m, loss in zip(predictor.members, losses):
+                print(f"  {loss:.6f}   {m.checkpoint}, weight {m.weight:.3f}, {m.mode}")
+            said = f"; result.json says {stated[f'{split}_loss']:.6f}" if f"{split}_loss" in stated else ""
+            print(f"{split} loss {total.loss:.6f} ({total.bpb:.6f} bits per byte), {len(predictor.members)} "
+                  f"checkpoint(s), mixed by {args.mix or c.mix}{said}")
+
+
+# ---- The plan ----------------------------------------------------------------------------------------------
+
+def activation_bytes(c, vocab_size, mode, args, dtype, kernel):
+    """Bytes that a micro-batch's forward pass keeps for its backward, counted on the meta device."""
+    ATTENTION["meta"], kept = ATTENTION[kernel], {}
+    model = make_model(c, vocab_size, "meta", dtype)
+    model.checkpointing = args.checkpointing
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its address
+        return tensor
+
+    sequences = torch.zeros(args.device_batch, c.seq_len + 1, dtype=torch.int64, device="meta")
+    noise = Noise(*(part.to("meta") for part in draw_noise(c, 0, range(args.device_batch), dtype)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.loss(sequences, mode, noise, c.batch_sequences)
+    return sum(storage.nbytes() for storage in kept.values())
+
+def matmul_peak():
+    """FLOP/s of this machine's 2048^3 bfloat16 product, the best of some."""
+    a, times = torch.randn(2048, 2048, dtype=torch.bfloat16), []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 2048 ** 3 / min(times)
+
+def print_plan(c, args, dtype):
+    """--plan: parameters, memory, time, money and disk of a run, reckoned without running it."""
+    vocab_size, tokens, kernel = DATASETS.get(c.dataset) or fail(f"--plan knows {', '.join(DATASETS)}")
+    ranks = args.ranks or (1 if kernel == "cpu" else 8)
+    dtype = dtype if kernel == "cpu" else torch.bfloat16
+    team_size = args.ranks_per_member or ranks
+    team = Team(0, ranks // team_size, 0, team_size, None, None)
+    check_batch(c, args, team_size)
+    split = range(tokens - c.fitness_tokens)
+    schedules = [member_schedule(c, split, team, member) for member in range(c.members)]
+    model = make_model(c, vocab_size, "meta", dtype)
+    bytes_of = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    parts = {"embedding": [model.embed], "head": [model.head], "blocks": list(model.blocks.parameters())}
+    named = {id(p) for part in parts.values() for p in part}
+    parts["the rest"] = [p for p in model.parameters() if id(p) not in named]
+    weights, count = bytes_of(model.parameters()), model.parameter_count()
+    # What is kept for backward is what the compiler's partition of the graphs keeps.
+    setup_compile(True, torch.device("meta"), "aot_eager_decomp_partition")
+    warnings.simplefilter("ignore")
+    modes = {s.mode(step) for s in schedules for step in range(s.steps)}
+    # Muon has one moment, AdamW two, the running average is float32; each rank holds its share of them.
+    moments = sum(bytes_of([p]) * (1 if row.optimizer == "muon" else 2) for _, p, row in match_rows(model, c))
+    share = (moments + 4 * count * (c.average_kind != "probs")) / team_size
+    activations = max(activation_bytes(c, vocab_size, mode, args, dtype, kernel) for mode in modes)
+    memory = {"weights": weights, "gradients": weights, "optimizer": share, "activations": activations,
+              "head's gradient": 3 * bytes_of([model.head]), "teacher": 2 * count * (c.distill > 0)}
+    flops = sum(s.training_flops(vocab_size) for s in schedules)
+    peak = matmul_peak() if kernel == "cpu" else 989e12
+    hours = flops / (args.mfu * peak * ranks) / 3600
+    kept = c.average if c.members == 1 and c.average_kind == "probs" else c.members
+    field, cap = CAPS.get(args.track, ("training_flops", math.inf))
+    seconds = 3600 * hours
+    used = {"training_flops": flops, "train_seconds": seconds, "gpu_seconds": seconds * ranks}[field]
+    gib = lambda size: f"{size / 2 ** 30:,.2f} GiB"
+    one = schedules[-1]
+    print("\n".join(f"{name:<12} {text}" for name, text in [
+        ("parameters", f"{count:,}: " + ", ".join(f"{name} {sum(p.numel() for p in part):,}"
+                                                 for name, part in parts.items())),
+        *(("FLOPs/token", f"{flops_per_token(c, vocab_size, mode):.4g} in training with {mode}")
+          for mode in sorted(modes)),
+        ("a member", f"{one.c.epochs} epochs of {one.per_epoch * c.seq_len:,} tokens, {one.steps:,} steps of "
+                     f"{one.c.batch_tokens:,}"),
+        ("in all", f"{c.members} member(s), {team.teams} side by side, {flops:.4g} training FLOPs"),
+        ("memory", f"{gib(sum(memory.values()))} per rank of {ranks}, device batch {args.device_batch}: " +
+                   ", ".join(f"{name} {gib(size)}" for name, size in memory.items() if size)),
+        ("time", f"{hours:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank"),
+        ("price", f"${hours * ranks * args.price:,.2f} at ${args.price:g} per hour of a rank"),
+        ("disk", f"{gib(kept * 2 * count)} of checkpoints, "
+                 f"{gib(2 * (weights + share * team_size))} of states"),
+        ("cap", f"{field} {used:.3g} of {cap:.3g}: {'holds' if used <= cap else 'DOES NOT HOLD'}"),
     ]))
 
 
@@ -1375,17 +2123,25 @@ def parse_args(argv):
     add = parser.add_argument
     add("--track", default="nano", help=f"the preset: {', '.join(TRACKS)} (default nano)")
     add("--config", metavar="FILE", help="a JSON file of fields that override the track's")
-    add("--seed", type=int, default=42, help="of initialisation, data order and dropout (default 42)")
+    add("--seed", type=int, help="of initialisation, data order and dropout (default 42)")
     add("--run-name", help="the folder under runs/ (default: track, date, time and seed)")
     add("--data", metavar="DIR", help="the dataset's folder (default: data/ and the name of the dataset)")
     add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (16k tokens)")
+    add("--ranks-per-member", type=int, metavar="N", help="ranks that train a member together (default all)")
+    add("--checkpointing", action=switch, default=False, help="save memory: compute blocks twice")
     add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 if in hardware)")
     add("--compile", action=switch, default=True, help="compile the blocks (default yes)")
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a run (default the newest)")
     add("--resume-anyway", action="store_true", help="even if train_gpt.py was edited since")
     add("--save-every", type=float, default=5, metavar="MIN", help="minutes between states (default 5)")
     add("--timeout", type=float, default=10, metavar="MIN", help="that ranks wait for another (default 10)")
-    add("--max-steps", type=int, metavar="N", help="stop early; the run is no record")
+    add("--max-steps", type=int, metavar="N", help="stop each member early; the run is no record")
+    add("--eval", metavar="RUN", help="score a run again, from its checkpoints so far; --mix may differ")
+    add("--split", metavar="NAME", help="what --eval scores: val, audit or a token file (default val, audit)")
+    add("--plan", action="store_true", help="only say what it would take, on --ranks at --mfu for --price")
+    add("--ranks", type=int, metavar="N", help="GPUs of the plan (default 8; 1 process for nano)")
+    add("--mfu", type=float, default=0.4, help="share of the peak that the plan reckons with (default 0.4)")
+    add("--price", type=float, default=3.0, help="dollars per GPU hour (default 3)")
     add("--wandb", nargs="?", const="slowrun", metavar="PROJECT", help="log to Weights & Biases, offline too")
     group = parser.add_argument_group("fields of the configuration (defaults are the limited track's)")
     for field in dataclasses.fields(Config):
@@ -1396,28 +2152,52 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.track not in TRACKS:
         fail(f"there is no track {args.track}; the tracks are {', '.join(TRACKS)}")
-    for name, low in (("seed", 0), ("device_batch", 1), ("max_steps", 1), ("save_every", 0), ("timeout", 0)):
+    for name, low in (("seed", 0), ("device_batch", 1), ("ranks_per_member", 1), ("max_steps", 1),
+                      ("save_every", 0), ("timeout", 0), ("ranks", 1)):
         if (value := getattr(args, name)) is not None and value < low:
             fail(f"--{name.replace('_', '-')} {value} is out of range: {low} or more")
     if args.run_name and not re.fullmatch(r"[\w.+=-]+", args.run_name):
         fail(f"--run-name {args.run_name}: only letters, digits and . _ + = -")
-    fields = dict(TRACKS[args.track])
+    given = {}
     if args.config:
         try:
-            fields |= json.loads(Path(args.config).read_text())
+            given |= json.loads(Path(args.config).read_text())
         except (OSError, ValueError, TypeError) as error:
             fail(f"--config {args.config} is not a JSON object of fields: {error}")
-        if unknown := set(fields) - set(COMMENTS):
+        if unknown := set(given) - set(COMMENTS):
             fail(f"--config {args.config} has unknown fields: {', '.join(sorted(unknown))}")
-    fields |= {name: getattr(args, name) for name in COMMENTS if getattr(args, name) is not None}
+    given |= {name: getattr(args, name) for name in COMMENTS if getattr(args, name) is not None}
+    fields = TRACKS[args.track] | given
+    if args.resume:  # the run's own configuration; what the command line says must be what it was
+        folder, run = find_run(args)
+        fields, wanted = run["config"], given | ({} if args.seed is None else {"seed": args.seed})
+        before = fields | {"seed": run["seed"]}
+        if changed := [f"{name} was {before.get(name)}, is {wanted[name]}" for name in wanted
+                       if wanted[name] != before.get(name)]:
+            fail(f"the run {folder.name} cannot go on as another one: {'; '.join(changed)}")
+        args.resume, args.seed, args.dtype = folder.name, run["seed"], args.dtype or run["dtype"]
+    args.seed = 42 if args.seed is None else args.seed
     return Config(**fields), args
+
+def activate_flash():
+    """Hopper's and Blackwell's own flash kernels, where their package is installed; -> what is used."""
+    from torch.nn.attention import activate_flash_attention_impl
+    for name, majors in {"FA3": (9,), "FA4": (9, 10)}.items():
+        if torch.cuda.get_device_capability()[0] in majors:
+            try:
+                activate_flash_attention_impl(name)
+                return name
+            except ImportError:
+                pass  # torch's own serve every GPU since Ampere
+    return "FA2"
 
 def pick_device(args):
     """-> (device, its name, dtype, why it). Without bfloat16 products in hardware, float32 is faster."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        name, fast = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0] >= 8
+        name = f"{torch.cuda.get_device_name()} with {activate_flash()}"
+        fast = torch.cuda.get_device_capability()[0] >= 8
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         models = re.findall(r"model name\s*: (.*)", info) or [platform.processor() or platform.machine()]
@@ -1427,7 +2207,16 @@ def pick_device(args):
         return device, name, getattr(torch, args.dtype), "--dtype"
     return device, name, *((torch.bfloat16, "in hardware") if fast else (torch.float32, "no bfloat16 units"))
 
-def setup_compile(wanted, device):
+def keep_heap():
+    """
+    glibc gives big blocks back to the system at every free, and their pages are faulted in anew by the next
+    allocation: a tenth of a training step on the CPU. Here it keeps them.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)            # M_MMAP_MAX: all blocks come from the heap
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: which never shrinks
+
+def setup_compile(wanted, device, backend="inductor"):
     """Compiles what is worth it, where that can work; -> how it stands, for the log."""
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     if not wanted:
@@ -1435,18 +2224,19 @@ def setup_compile(wanted, device):
     if device.type == "cpu" and not (headers.exists() and any(map(shutil.which, ("g++", "clang++", "c++")))):
         return "not compiled (no C++ compiler or no Python headers: slower)"
     for owner, name in ((Block, "before"), (Block, "after"), *((sys.modules[__name__], function)
-                        for function in ("mix_stream", "softcap_pass", "softcap_sum"))):
-        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False))
+                        for function in ("mix_stream", "softcap_pass", "softcap_sum", "lesson_pass"))):
+        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False, backend=backend))
     torch._dynamo.config.recompile_limit = 64  # one variant per kind of layer, for training and for scoring
     return "compiled"
 
-def check_batch(c, args, world):
-    """The batch divides over the ranks and their micro-steps; sets --device-batch where it was not given."""
-    share, rest = divmod(c.batch_sequences, world)
-    if rest:
-        fail(f"--batch-tokens {c.batch_tokens}: {world} ranks can't share {c.batch_sequences} sequences")
+def check_batch(c, args, ranks):
+    """The batches divide over the ranks and their micro-steps; sets --device-batch where it was not given."""
+    sizes = {tokens // c.seq_len for tokens in (c.batch_tokens, c.batch_tokens_ends) if tokens}
+    for sequences in sizes:
+        if sequences % ranks:
+            fail(f"--batch-tokens {sequences * c.seq_len}: {ranks} ranks can't share {sequences} sequences")
+    share, most = math.gcd(*sizes) // ranks, max(1, 16384 // c.seq_len)
     if args.device_batch is None:
-        most = max(1, 16384 // c.seq_len)
         args.device_batch = max(b for b in range(1, share + 1) if share % b == 0 and b <= most)
     if share % args.device_batch:
         fail(f"--device-batch {args.device_batch} does not divide a rank's {share} sequences per step")
@@ -1454,29 +2244,48 @@ def check_batch(c, args, world):
 def main(stop, argv=None):
     c, args = parse_args(argv)
     device, device_name, dtype, reason = pick_device(args)
+    if args.plan:
+        return print_plan(c, args, dtype)
     compiled = setup_compile(args.compile, device)
+    if device.type == "cpu":
+        keep_heap()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout), **alone)
-    check_batch(c, args, dist.get_world_size())
+    timeout = timedelta(minutes=args.timeout)
+    world = make_team(dist.get_world_size(), timeout)
+    team = make_team(args.ranks_per_member or world.size, timeout)
+    if args.eval:
+        return score_again(args, device, world)
+    check_batch(c, args, team.size)
+    if ":" in c.optimizer:
+        foreign_optimizer(c, [nn.Parameter(torch.zeros(2, 2))])  # a mistake shows before there is a run
     folder = args.data or ROOT / "data" / c.dataset
     data = Dataset(folder, f"./run.sh data {c.dataset}")
+    if c.fitness_tokens:
+        data.set_aside(c.fitness_tokens)
     if min(map(len, data.splits.values())) <= c.seq_len:
         fail(f"{folder} has a split that is shorter than a sequence; lower --seq-len {c.seq_len}")
-    run = on_main(open_run, c, args, data)
-    config = dataclasses.asdict(c)
-    wandb_settings = dict(project=args.wandb, name=run.name, id=run.name, resume="allow", config=config)
-    log = RunLog(run, f"{args.track}, seed {args.seed}", wandb_settings if args.wandb else None)
+    machine = {"device": device.type, "name": device_name, "count": dist.get_world_size(),
+               "torch": torch.__version__}
+    run = {"track": args.track, "seed": args.seed, "config": dataclasses.asdict(c), "dtype": str(dtype)[6:],
+           "data": {"name": data.name, **data.digests}, "teams": team.teams, "source_sha256": SOURCE_SHA256}
+    folder, run = on_main(world, open_run, run, args)
+    wandb = dict(project=args.wandb, name=folder.name, id=folder.name, resume="allow", config=run["config"])
+    log = RunLog(folder, f"{args.track}, seed {args.seed}", wandb if args.wandb else None, team)
     log(f"slowrun {args.track}, seed {args.seed}: {dist.get_world_size()} x {device_name}, "
         f"{str(dtype)[6:]} ({reason}), {compiled}, torch {torch.__version__}")
     log(f"python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}, "
         f"{torch.get_num_threads()} threads per rank\ncommand {' '.join(sys.argv)}\n"
-        f"config {json.dumps(config)}", console=False)
+        f"config {json.dumps(run['config'])}", console=False)
     if shutil.which("nvidia-smi"):
         log(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout, console=False)
-    machine = {"device": device.type, "name": device_name, "count": dist.get_world_size(),
-               "torch": torch.__version__}
-    finish(c, args, data, log, machine, *train(c, args, data, log, device, dtype, stop))
+    global LEADS_TEAM
+    LEADS_TEAM = team.rank == 0
+    training = Training(c, args, data, log, team, device, dtype, stop)
+    train(training)
+    if team.index == 0:
+        finish(training, run | {"machine": machine})
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -1486,7 +2295,7 @@ if __name__ == "__main__":
     except dcp.CheckpointException as error:  # the same on all ranks
         fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
     except RuntimeError as error:
-        if "gloo/transport" not in str(error):
+        if not re.search("gloo/transport|Application timeout", str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if stop.name:

@@ -14,9 +14,10 @@ vocabulary:
     blocks.{i}.attn.mix            (3, H, H)   interleaved heads, for q, k, v
     blocks.{i}.attn.head_gate      (H, 12)     output gate, read from the first 12 channels
     blocks.{i}.attn.value_proj     (d, d)      value layers only: i of the parity of L-1
+    blocks.{i}.attn.value_table    (Vp, d)     or this in its place: the value of each token (limited 1-2)
     blocks.{i}.attn.value_gate     (H, 32)     value layers only, read from the first 32 channels
-    blocks.{i}.attn.xsa            (H,)        learned exclusive self-attention
-    blocks.{i}.mlp.gate up out     (h, d), (h, d), (d, h)
+    blocks.{i}.attn.xsa            (H,)        exclusive self-attention: learned, or infinite: fixed
+    blocks.{i}.mlp.gate up out     (h, d), (h, d), (d, h); without `gate` a squared ReLU (limited 1-3)
     mtp.proj                       (d, 2d)     multi-token prediction by one extra block
     mtp.block.attn.*, mtp.block.mlp.*          as a block without value injection
 """
@@ -45,7 +46,7 @@ class Net:
     frequencies: torch.Tensor  # (d_h/2,) RoPE angle per position, in radians
     scale: float | None = None  # of the attention scores; None: d_h^-1/2
     softcap: float = 10.0
-    key_offset_layers: tuple = ()  # second half of each key comes from the position before (tiny)
+    key_offset_layers: tuple = ()  # half of each key is that of the position before (tiny); L: the MTP block
     passes: int = 1  # of the whole network; all but the last are detached (tiny)
     norm_passes: bool = False  # an RMS norm after each pass, beside the one before the head (tiny)
 
@@ -147,7 +148,7 @@ def windowed_attention(q, k, v, window, scale):
 
 
 def attention(params, prefix, x, x0, net, window, key_offset):
-    """Attention sub-layer on the normalised x (B, T, d); x0 is the normalised embedding."""
+    """Attention sub-layer on the normalised x (B, T, d); x0 is what values are injected from."""
     p = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
     head_width = 2 * net.frequencies.numel()
     n_head = x.shape[-1] // head_width
@@ -163,9 +164,9 @@ def attention(params, prefix, x, x0, net, window, key_offset):
         return heads(x @ weight.T)
 
     q, k, v = (project(which, name) for which, name in enumerate("qkv"))
-    if "value_proj" in p:
+    if "value_gate" in p:
         gate = 2 * torch.sigmoid(x[..., : p["value_gate"].shape[1]] @ p["value_gate"].T)
-        v = v + gate[..., None] * heads(x0 @ p["value_proj"].T)
+        v = v + gate[..., None] * heads(x0 @ p["value_proj"].T if "value_proj" in p else x0)
     q, k = rms(rotate(q, net.frequencies)), rms(rotate(k, net.frequencies))
     if key_offset:
         own, moved = k.chunk(2, dim=-1)
@@ -182,11 +183,14 @@ def attention(params, prefix, x, x0, net, window, key_offset):
 
 
 def block(params, prefix, x, x0, net, window, key_offset=False):
-    """One transformer block: (B, T, d) -> (B, T, d). x0 is unused where there is no value projection."""
+    """One transformer block: (B, T, d) -> (B, T, d). x0 is unused where no value is injected."""
     x = x + attention(params, prefix + "attn.", rms(x), x0, net, window, key_offset)
-    normed = rms(x)
-    gate, up, out = (params[f"{prefix}mlp.{name}"] for name in ("gate", "up", "out"))
-    return x + (torch.nn.functional.silu(normed @ gate.T) * (normed @ up.T)) @ out.T
+    hidden = rms(x) @ params[f"{prefix}mlp.up"].T
+    if f"{prefix}mlp.gate" in params:
+        hidden = torch.nn.functional.silu(rms(x) @ params[f"{prefix}mlp.gate"].T) * hidden
+    else:
+        hidden = hidden.clamp_min(0).square()
+    return x + hidden @ params[f"{prefix}mlp.out"].T
 
 
 def trunk(params, tokens, net):
@@ -203,7 +207,9 @@ def trunk(params, tokens, net):
             if i >= n_layer // 2:  # the skip comes before the mix with the embedding
                 x = x + params["skip"][i - n_layer // 2] * encoder[n_layer - 1 - i]
             x = params["lam"][i] * x + params["mu"][i] * x0
-            x = block(params, f"blocks.{i}.", x, x0, net, net.windows[i], i in net.key_offset_layers)
+            table = params.get(f"blocks.{i}.attn.value_table")
+            value = x0 if table is None else table[tokens]
+            x = block(params, f"blocks.{i}.", x, value, net, net.windows[i], i in net.key_offset_layers)
             if i < n_layer // 2:
                 encoder[i] = x
         if net.norm_passes:
@@ -242,7 +248,8 @@ def mtp_loss(params, x, sequences, net):
     """
     next_token = rms(params["embed"][sequences[:, 1:-1]])
     u = torch.cat([x[:, :-1], next_token], dim=-1) @ params["mtp.proj"].T
-    u = rms(block(params, "mtp.block.", u, None, net, window=u.shape[1]))
+    key_offset = params["lam"].numel() in net.key_offset_layers
+    u = rms(block(params, "mtp.block.", u, None, net, u.shape[1], key_offset))
     return cross_entropy(logits_of(params, u, net), sequences[:, 2:]).mean()
 
 

@@ -85,6 +85,7 @@ class Repository:
             "training_flops": 1.9e14,
             "train_seconds": 300.0,
             "wall_seconds": 320.0,
+            "gpu_seconds": 300.0,
             "machine": {"device": "cpu", "name": "a CPU", "count": 1, "torch": "2.13.0"},
             "data": {"name": "nano", "train": "1" * 64, "val": "2" * 64, "audit": "3" * 64},
             "source_sha256": sha256(source),
@@ -294,7 +295,7 @@ H100S = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "count": 8, "torch":
         ("two_hour", {"train_seconds": 7201.0}, "the cap is 120"),
         ("limited", {"machine": {**H100S, "count": 4}}, "ran on 4x NVIDIA H100"),
         ("limited", {"machine": {**H100S, "name": "NVIDIA B200"}}, "ran on 8x NVIDIA B200"),
-        ("unlimited", {"train_seconds": 57 * 86400.0}, "GPU days, the cap is 448"),
+        ("unlimited", {"gpu_seconds": 449 * 86400.0}, "449.0 GPU days, the cap is 448"),
     ],
 )
 def test_caps_of_the_dear_tracks(repo, track, fields, message):
@@ -303,6 +304,14 @@ def test_caps_of_the_dear_tracks(repo, track, fields, message):
         [repo.run("over", **{**fair, **fields})], "over", "--kind", "baseline", ok=False
     )
     repo.add([repo.run("fair", **fair)], "fair", "--kind", "baseline")
+
+
+def test_snapshots_are_filed_with_the_unlimited_track(repo):
+    run = repo.run("snapshots", track="unlimited_snapshots", data=FINEWEB)
+    repo.add([run], "snapshots", "--kind", "baseline")
+    assert repo.entries() == ["unlimited/01_snapshots"]
+    repo.write_readmes()
+    repo("check")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,51 @@
-"""What moves a run from step to step: optimizer, schedules, order of the data, noise; and its configuration.
+"""What moves a run from step to step: optimizer, averages, schedules, order of the data, noise; what makes an
+ensemble of its members; and its configuration.
 
 Held against the float64 reference, the recipe's check values, and properties that need no second opinion.
 """
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import math
 import re
+import shlex
+import tempfile
+import threading
+import time
 import tracemalloc
+from collections import Counter
+from datetime import timedelta
+from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import normal
+from conftest import exact, normal
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from test_run import BOS, make_dataset
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 
 LIMITED, SEQUENCES = train_gpt.Config(), 48804  # sequences of 2049 in fineweb100M
 SMALL = dict(n_layer=4, n_head=2, n_embd=32, seq_len=16, batch_tokens=4 * 16, replay="2-3")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def team(one_rank):
+    """One rank, which trains alone."""
+    return train_gpt.make_team(1, timedelta(minutes=1))
+
+
+def track(name, **changes):
+    return train_gpt.Config(**train_gpt.TRACKS[name] | changes)
 
 
 def float64(values):
@@ -126,28 +151,63 @@ def test_adamw_steps_are_the_references(seed, beta1, weight_decay):
 
 # ---- The parameter table -------------------------------------------------------------------------
 
+# (optimizer, lr, betas, weight decay) of the kinds of parameters, by the recipe's tables of groups. Muon has
+# a momentum in place of betas.
+FAST = (0.8, 0.95)
+LIMITED_ROWS = {
+    "head": ("adamw", 5e-4, FAST, 1.3),
+    "embed": ("adamw", 0.0375, FAST, 1.3),
+    "lam": ("adamw", 2.5e-4, FAST, 0),
+    "mu": ("adamw", 0.025, (0.96, 0.95), 0),
+    "skip": ("adamw", 2.5e-4, FAST, 0),
+    "mix": ("adamw", 0.02, FAST, 0),
+    "matrix": ("muon", 0.01, None, 1.3),
+}
+TINY_ROWS = {
+    "head": ("adamw", 8e-4, FAST, 0.8),
+    "embed": ("adamw", 0.12, FAST, 0.8),
+    "lam": ("adamw", 0.002, FAST, 0),
+    "mu": ("adamw", 0.2, (0.96, 0.95), 0),
+    "skip": ("adamw", 0.002, FAST, 0),
+    "head_gate": ("adamw", 0.2, (0.9, 0.99), 0),
+    "value_gate": ("adamw", 0.2, (0.9, 0.99), 0),
+    "xsa": ("adamw", 0.2, (0.9, 0.95), 0),
+    "matrix": ("muon", 0.032, None, 0.8),
+}
 
-def row_of(name):
-    """(optimizer, lr, betas, weight decay) of a parameter of limited, by the recipe's table of groups."""
-    fixed = {
-        "head": (5e-4, (0.8, 0.95), 1.3),
-        "embed": (0.0375, (0.8, 0.95), 1.3),
-        "lam": (2.5e-4, (0.8, 0.95), 0),
-        "mu": (0.025, (0.96, 0.95), 0),
-        "skip": (2.5e-4, (0.8, 0.95), 0),
-        "mix": (0.02, (0.8, 0.95), 0),
-    }
-    return (
-        ("adamw", *fixed[key]) if (key := name.split(".")[-1]) in fixed else ("muon", 0.01, (0.95, 0.95), 1.3)
-    )
+
+def row_of(name, rows):
+    return rows.get(name.split(".")[-1], rows["matrix"])
 
 
-def test_groups_of_limited(one_rank):
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("limited", LIMITED_ROWS), ("two_hour", LIMITED_ROWS), ("tiny", TINY_ROWS), ("unlimited", LIMITED_ROWS),
+     ("unlimited_snapshots", LIMITED_ROWS)],
+)  # fmt: skip
+def test_every_parameter_learns_by_the_recipes_table(name, rows):
+    with torch.device("meta"):
+        model = train_gpt.GPT(track(name), 50257)
+    met = set()
+    for parameter, _, row in train_gpt.match_rows(model, track(name)):
+        kind, lr, betas, decay = row_of(parameter, rows)
+        assert (row.optimizer, round(row.lr, 9), row.weight_decay) == (kind, lr, decay), parameter
+        assert betas in (None, row.betas), parameter
+        met.add(parameter.split(".")[-1])
+    assert {*rows, "q"} - {"matrix"} <= met
+
+
+def test_groups_of_limited(team):
     with torch.device("meta"):
         model = train_gpt.GPT(LIMITED, 50257)
     model.embed.data = model.embed.data.bfloat16()
-    groups = train_gpt.Optimizer(model, LIMITED, torch.bfloat16).groups
-    muon = {tuple(g.W.shape[1:]): len(g.W) for g in groups if g.row.optimizer == "muon"}
+    groups = train_gpt.Optimizer(model, LIMITED, torch.bfloat16, team).groups
+    muon, adamw = Counter(), Counter()
+    for g in groups:
+        if g.row.optimizer == "muon":
+            muon[tuple(g.W.shape[1:])] += len(g.W)
+        else:
+            adamw[round(g.row.lr, 9), g.row.betas, g.row.weight_decay, g.W.dtype] += g.W.numel()
     assert muon == {
         (14, 12): 31,
         (14, 32): 15,
@@ -156,26 +216,41 @@ def test_groups_of_limited(one_rank):
         (1792, 4864): 31,
         (4864, 1792): 62,
     }
-    for g in groups:
-        if g.row.optimizer == "muon":
-            assert (round(g.row.lr, 9), g.row.betas[1], g.row.weight_decay) == (0.01, 0.95, 1.3)
     table = 50304 * 1792
-    adamw = sorted(
-        (round(g.row.lr, 9), g.row.betas, g.row.weight_decay, g.W.numel(), g.W.dtype)
-        for g in groups
-        if g.row.optimizer == "adamw"
-    )
-    assert adamw == [
-        (0.00025, (0.8, 0.95), 0, 30 + 15, torch.float32),
-        (0.0005, (0.8, 0.95), 1.3, table, torch.float32),
-        (0.02, (0.8, 0.95), 0, 93 * 14 * 14, torch.float32),
-        (0.025, (0.96, 0.95), 0, 30, torch.float32),
-        (0.0375, (0.8, 0.95), 1.3, table, torch.bfloat16),
-    ]
+    assert adamw == {
+        (0.00025, FAST, 0, torch.float32): 30 + 15,
+        (0.0005, FAST, 1.3, torch.float32): table,
+        (0.02, FAST, 0, torch.float32): 93 * 14 * 14,
+        (0.025, (0.96, 0.95), 0, torch.float32): 30,
+        (0.0375, FAST, 1.3, torch.bfloat16): table,
+    }
     for g in groups:
         assert {t.dtype for t in g.state.values()} == {g.W.dtype}
-    for name, _, row in train_gpt.match_rows(model, LIMITED):
-        assert (row.optimizer, round(row.lr, 9), row.betas, row.weight_decay) == row_of(name), name
+
+
+def test_shards_of_eight_ranks_are_balanced(monkeypatch):
+    """No rank has 10% more products to compute in Muon, padding included, than if matrices could be cut."""
+    monkeypatch.setattr(train_gpt, "DeviceMesh", mock.Mock())
+    with torch.device("meta"):
+        model = train_gpt.GPT(LIMITED, 50257)
+    work, own = [], []
+    for rank in range(8):
+        team = train_gpt.Team(0, 1, rank, 8, None, None)
+        groups = [
+            g
+            for g in train_gpt.Optimizer(model, LIMITED, torch.bfloat16, team).groups
+            if g.row.optimizer == "muon"
+        ]
+        with FlopCounterMode(display=False) as counter:
+            for g in groups:
+                g.update(1.0, 1.0, 0.95, 1)
+        work.append(counter.get_total_flops())
+        own.append([g.own for g in groups])
+    assert np.sum(own, axis=0).tolist() == [g.units for g in groups] and sum(map(sum, own)) == 279
+    # Each of five steps: X X^T, (X X^T)^2 and their sum times X, for the shorter side of a matrix first.
+    sides = [(g.units, *sorted(g.W.shape[1:])) for g in groups]
+    mean = sum(n * 5 * 2 * (2 * r * r * c + r**3) for n, r, c in sides) / 8
+    assert max(work) <= 1.1 * mean
 
 
 def test_a_parameter_of_no_row_or_of_two_is_an_error(monkeypatch):
@@ -192,9 +267,17 @@ def test_a_parameter_of_no_row_or_of_two_is_an_error(monkeypatch):
         train_gpt.match_rows(model, c)
 
 
-def test_initial_values():
+@pytest.mark.parametrize(
+    ("changes", "constants"),
+    [
+        ({}, {}),
+        (dict(lam_init=1.1, out_init="zero"), dict(lam=1.1, o=0, out=0)),
+        (dict(xsa="learned", values="table"), dict(xsa=0)),
+    ],
+)
+def test_initial_values(changes, constants):
     """The means and standard deviations of the recipe, to five standard errors; the seed alone decides."""
-    c = train_gpt.Config(**SMALL | dict(n_embd=256))
+    c = train_gpt.Config(**SMALL | dict(n_embd=256) | changes)
     model, again, other = (train_gpt.make_model(c, 61, "cpu", torch.float32) for _ in range(3))
     for m, seed in ((model, 1), (again, 1), (other, 2)):
         train_gpt.initialise(m, c, seed)
@@ -203,13 +286,13 @@ def test_initial_values():
         "head": 0.001,
         "o": 1 / 16,
         "out": 1 / 16,
-        **dict.fromkeys(["q", "k", "v", "value_proj", "gate", "up", "proj"], 1 / 16),
+        **dict.fromkeys(["q", "k", "v", "value_proj", "value_tables", "gate", "up", "proj"], 1 / 16),
     }
-    constant = {"lam": 1, "skip": 1, "mu": 0.1, "head_gate": 0, "value_gate": 0}
+    constant = {"lam": 1, "skip": 1, "mu": 0.1, "head_gate": 0, "value_gate": 0} | constants
     for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters()):
         key = name.split(".")[-1]
         assert torch.equal(p, q)
-        if key in std:
+        if key in std and key not in constant:
             assert not torch.equal(p, r)
             assert abs(p.mean()) < 5 * std[key] / math.sqrt(p.numel())
             assert abs(p.std() / std[key] - 1) < 5 / math.sqrt(2 * p.numel())
@@ -218,43 +301,245 @@ def test_initial_values():
         elif key == "mix":
             assert torch.equal(p, torch.eye(2).expand(3, 2, 2))
         else:
-            assert (p == constant[key]).all(), name
+            assert (p == torch.tensor(constant[key])).all(), name
 
 
-def test_optimizer_steps_of_a_whole_model_are_the_references(one_rank):
-    """Through the flat buffers, with the schedule's multipliers; every parameter in float64."""
-    c = train_gpt.Config(**SMALL)
+def random_model(c, seed=0):
+    """A small model in float64, every parameter normal."""
     model = train_gpt.make_model(c, 61, "cpu", torch.float64).double()
     for i, p in enumerate(model.parameters()):
-        p.data.copy_(normal(*p.shape, seed=i))
-    expected = {}
-    for name, p in model.named_parameters():
-        w = p.detach().clone()
-        expected[name] = (
-            w,
-            *(ref.muon_state(w) if row_of(name)[0] == "muon" else (torch.zeros_like(w), torch.zeros_like(w))),
-        )
-    optimizer = train_gpt.Optimizer(model, c, torch.float64)
-    for step in range(1, 4):
-        lr, weight_decay, momentum = 1 / step, 0.5 + 0.1 * step, 0.84 + 0.01 * step
-        for i, (name, p) in enumerate(model.named_parameters()):
-            assert not p.grad.any()
-            g = normal(*p.shape, seed=1000 * step + i)
-            p.grad.add_(g)
-            kind, rate, betas, decay = row_of(name)
-            if kind == "muon":
-                expected[name] = ref.muon_step(
-                    expected[name][0], g, *expected[name][1:], lr * rate, momentum, weight_decay * decay
-                )
-            else:
-                expected[name] = ref.adamw_step(
-                    expected[name][0], g, *expected[name][1:], step, lr * rate, betas, weight_decay * decay
-                )
-        optimizer.step(lr, weight_decay, momentum, step)
-    for name, p in model.named_parameters():
+        p.data.copy_(normal(*p.shape, seed=seed + i))
+    return model
+
+
+def add_gradients(model, seed):
+    """Gradients as a backward pass leaves them, which has found none."""
+    for i, p in enumerate(model.parameters()):
+        assert not p.grad.any()
+        p.grad.add_(normal(*p.shape, seed=1000 * seed + i))
+
+
+def values_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_near(actual, expected, atol):
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
         torch.testing.assert_close(
-            p.detach(), expected[name][0], rtol=0, atol=1e-10, msg=lambda text: f"{name}: {text}"
+            value, expected[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
         )
+
+
+def sgd_step(weight, gradient, buffer, lr, weight_decay):
+    """Gradient descent with a momentum of 0.9, the decay as part of the gradient."""
+    gradient = gradient + weight_decay * weight
+    buffer = gradient if buffer is None else 0.9 * buffer + gradient
+    return weight - lr * buffer, buffer
+
+
+SGD = dict(optimizer="torch.optim:SGD", optimizer_args='{"momentum": 0.9}')
+TINY_SMALL = train_gpt.TRACKS["tiny"] | SMALL
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        (SMALL, LIMITED_ROWS),
+        (TINY_SMALL, TINY_ROWS),
+        (SMALL | dict(values="table"), LIMITED_ROWS | {"value_tables": LIMITED_ROWS["embed"]}),
+        (SMALL | dict(optimizer="adamw"), LIMITED_ROWS | {"matrix": ("adamw", 0.01, (0.9, 0.95), 1.3)}),
+        (SMALL | SGD, LIMITED_ROWS | {"matrix": ("sgd", 0.01, None, 1.3)}),
+        (SMALL | dict(wd_scale=0.5, lr_scale=0.125, lr_mixing=0.01),
+         {kind: (name, lr / 2, betas, decay / 2) for kind, (name, lr, betas, decay) in LIMITED_ROWS.items()}),
+    ],
+    ids=["limited", "tiny", "table", "adamw", "sgd", "scales"],
+)  # fmt: skip
+def test_optimizer_steps_of_a_whole_model_are_the_references(team, changes, rows):
+    """Through the flat buffers, with the schedule's multipliers, in float64; from two starts."""
+    c = train_gpt.Config(**changes)
+    model = random_model(c)
+    expected = values_of(model)
+    optimizer = train_gpt.Optimizer(model, c, torch.float64, team)
+    for start in (0, 10):
+        optimizer.reset()
+        state = {}
+        for step in range(1, 4):
+            lr, weight_decay, momentum = 1 / step, 0.5 + 0.1 * step, 0.84 + 0.01 * step
+            add_gradients(model, start + step)
+            squares = sum(p.grad.square().sum() for p in model.parameters())
+            for name, p in model.named_parameters():
+                w, g = expected[name], p.grad.clone()
+                kind, rate, betas, decay = row_of(name, rows)
+                rates = dict(lr=lr * rate, weight_decay=weight_decay * decay)
+                if kind == "muon":
+                    old = state.get(name, ref.muon_state(w))
+                    w, *new = ref.muon_step(w, g, *old, **rates, momentum=momentum, normalize_rows=c.row_norm)
+                elif kind == "adamw":
+                    old = state.get(name, (torch.zeros_like(w), torch.zeros_like(w)))
+                    w, *new = ref.adamw_step(w, g, *old, step, **rates, betas=betas)
+                else:
+                    w, *new = sgd_step(w, g, *state.get(name, (None,)), **rates)
+                expected[name], state[name] = w, new
+            norm = optimizer.step(lr, weight_decay, momentum, step)
+            torch.testing.assert_close(norm.double(), squares, rtol=1e-6, atol=0)
+    assert_near(values_of(model), expected, atol=1e-10)
+
+
+def test_sums_begin_in_the_last_backward_pass_and_change_nothing(team):
+    """Of two micro-batches; every group's collective is under way before the step."""
+    c = train_gpt.Config(**SMALL)
+    sequences, mode = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(0)), (True, 1, 0)
+    after = []
+    for expected in (True, False):
+        model = train_gpt.make_model(c, 61, CPU, torch.float32)
+        train_gpt.initialise(model, c, 0)
+        optimizer = train_gpt.Optimizer(model, c, torch.float32, team)
+        for step in (1, 2):
+            for micro in (0, 2):
+                if expected and micro == 2:
+                    optimizer.expect()
+                noise = train_gpt.draw_noise(c, 42, range(micro, micro + 2), torch.float32)
+                model.loss(sequences[micro : micro + 2], train_gpt.Mode(*mode), noise, 4)[0].backward()
+                begun = {group.reduce is not None for group in optimizer.groups}
+                assert begun == {expected and micro == 2}
+            optimizer.step(1.0, 1.0, 0.9, step)
+        after.append(values_of(model))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@exact()
+@pytest.mark.parametrize("clip", [0.01, 20.0])
+def test_gradients_are_clipped_by_the_norm_of_all_of_them(team, clip):
+    """As torch does, which divides by the norm and 1e-6 where that is less than 1."""
+    c = train_gpt.Config(**SMALL)
+    clipped, plain = random_model(c), random_model(c)
+    optimizer = train_gpt.Optimizer(clipped, dataclasses.replace(c, grad_clip=clip), torch.float64, team)
+    other = train_gpt.Optimizer(plain, c, torch.float64, team)
+    for step in (1, 2, 3):
+        for model in (clipped, plain):
+            add_gradients(model, step)
+            for p in model.parameters():
+                p.grad *= 10.0**-step
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        assert (norm > clip) == (clip < 1 or step == 1)
+        squares = optimizer.step(1.0, 1.0, 0.9, step)
+        other.step(1.0, 1.0, 0.9, step)
+        torch.testing.assert_close(squares, norm**2, rtol=1e-12, atol=0)  # that of the gradient as it was
+    assert_near(values_of(clipped), values_of(plain), atol=1e-10)
+
+
+def test_gradients_below_the_bound_stay_as_they_are(team):
+    c = train_gpt.Config(**SMALL)
+    after = []
+    for clip in (0.0, 1000.0):
+        model = random_model(c)
+        optimizer = train_gpt.Optimizer(model, dataclasses.replace(c, grad_clip=clip), torch.float64, team)
+        add_gradients(model, 1)
+        optimizer.step(1.0, 1.0, 0.9, 1)
+        after.append(values_of(model))
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments", "says"),
+    [
+        ("torch.optim:Nope", "{}", "Nope"),
+        ("no.such_module:SGD", "{}", "No module named 'no'"),
+        ("torch.optim:SGD", '{"mass": 1}', "mass"),
+        ("torch.optim:SGD", '{"momentum": -1}', "momentum"),
+        ("math:pi", "{}", "math:pi"),
+        ("torch.optim:SGD", "{momentum}", "--optimizer-args '{momentum}'"),
+        ("torch.optim:SGD", '{"lr": 1}', "--lr-matrix"),
+        ("torch.optim:SGD", '{"weight_decay": 1}', "--weight-decay"),
+    ],
+)
+def test_optimizers_that_cannot_be_made_are_refused(capsys, team, optimizer, arguments, says):
+    c = train_gpt.Config(**SMALL, optimizer=optimizer, optimizer_args=arguments)
+    err = refused(capsys, lambda: train_gpt.Optimizer(random_model(c), c, torch.float64, team))
+    assert f"--optimizer {optimizer}" in err and says in err
+
+
+# ---- Averages of weights -------------------------------------------------------------------------
+
+AVERAGES = [
+    dict(average_kind="weights", average_weights="recency"),
+    dict(average_kind="weights", average_weights="equal"),
+    dict(average_kind="ema"),
+    dict(average_kind="blend", keep_final=0.7),
+]
+
+
+def average_by_reference(values, c, per_epoch):
+    """Of values[step], a tensor that follows the step, by the whole history."""
+    N, batch = len(values), c.batch_sequences
+    if c.average_kind == "weights":
+        epochs = range(c.epochs - c.average + 1, c.epochs + 1)
+        ends = sorted({min(N, math.ceil(epoch * per_epoch / batch)) for epoch in epochs})
+        last = [{"w": values[end - 1]} for end in ends]
+        recency, equal = ref.recency_weights(len(ends)), [1 / len(ends)] * len(ends)
+        return ref.weight_average(last, recency if c.average_weights == "recency" else equal)["w"]
+    if c.average_kind == "ema":
+        return ref.debiased_ema(values, ref.debiased_ema_beta(N / c.epochs))
+    if not any(step % 10 == 0 for step in range(max(1, round(0.9 * N)), N + 1)):
+        return values[-1]  # a run so short that the shadow never begins
+    return ref.ema_blend(values, c.keep_final)
+
+
+@pytest.mark.parametrize("changes", AVERAGES, ids=["recency", "equal", "ema", "blend"])
+@settings(max_examples=40, deadline=None)
+@given(
+    epochs=st.integers(1, 20),
+    per_epoch=st.integers(4, 200),
+    average=st.integers(1, 20),
+    keep_final=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+@example(12, 763, 3, 0.7, 0)
+@example(15, 760, 4, 0.6, 0)
+@example(3, 13, 1, 0.6, 0)
+@example(18, 5, 3, 0.6, 0)  # one step ends two epochs
+def test_average_is_the_references(changes, epochs, per_epoch, average, keep_final, seed):
+    """Each step's share of the running average, against the average of all that it should hold."""
+    assume(average <= epochs)
+    c = train_gpt.Config(**SMALL | changes, epochs=epochs, cycles=0, average=average)
+    c = dataclasses.replace(c, keep_final=keep_final)
+    schedule = train_gpt.Schedule(c, per_epoch)
+    values = normal(schedule.steps, 3, seed=seed)
+    running = torch.zeros(3, dtype=torch.float64)
+    for step, value in enumerate(values):
+        share = schedule.average(step)
+        assert 0 <= share <= 1
+        running.lerp_(value, share)
+    torch.testing.assert_close(running, average_by_reference(values, c, per_epoch), rtol=1e-10, atol=1e-10)
+
+
+@exact()
+@pytest.mark.parametrize("changes", AVERAGES, ids=["recency", "equal", "ema", "blend"])
+def test_optimizer_takes_the_average_of_its_own_weights(team, changes):
+    c = train_gpt.Config(**SMALL | dict(n_layer=2, replay="none") | changes, epochs=4, cycles=0, average=3)
+    model, schedule = random_model(c), train_gpt.Schedule(c, 45)
+    optimizer = train_gpt.Optimizer(model, c, torch.float64, team)
+    for run in range(2):  # the next member's average begins anew
+        optimizer.reset()
+        history = []
+        for step in range(schedule.steps):
+            add_gradients(model, 100 * run + step)
+            optimizer.step(0.5, 1.0, 0.95, step + 1, schedule.average(step))
+            history.append(values_of(model))
+        optimizer.take_average()
+        stacks = {name: torch.stack([values[name] for values in history]) for name in history[0]}
+        expected = {name: average_by_reference(stack, c, 45) for name, stack in stacks.items()}
+        assert_near(values_of(model), expected, atol=1e-12)
+        assert any((stack[-1] - expected[name]).abs().max() > 1e-3 for name, stack in stacks.items())
+
+
+def test_without_weights_to_average_there_is_no_average(team):
+    c = train_gpt.Config(**SMALL)
+    schedule = train_gpt.Schedule(c, 40)
+    assert not any(map(schedule.average, range(schedule.steps)))
+    optimizer = train_gpt.Optimizer(random_model(c), c, torch.float64, team)
+    assert not any("average" in group.state for group in optimizer.groups)
 
 
 # ---- Schedules -----------------------------------------------------------------------------------
@@ -267,27 +552,56 @@ TWO_HOUR_ANCHORS = """
     1678: 1/.999859; 2668: 1/.650321; 2669: .999999/.650405; 2764: .526779/1.073987; 2860: .999987/.652027;
     3355: .379707/1.159108; 3356: .372072/1.163567; 4004: .475867/.652837; 4098: .195751/1.071960;
     4193: .05/1.495541"""
+TINY_ANCHORS = """
+    381: 1/.799386; 950: 1/.45; 1520: 1/.1; 1711: .999123/.219195; 1995: .75/.396429; 2090: .666667/.455714;
+    2185: .316667/.515; 2280: .5/.574286; 2660: .166667/.811429; 2849: .05/.929376"""
+# By hand: the last fifth, 1220 and 610 steps, falls to 0 in a straight line.
+UNLIMITED_ANCHORS = "0: 1/1; 4880: 1/1; 4881: .999180/1; 5490: .5/1; 6099: .000820/1"
+FIRST_ANCHORS = "0: 1/1; 2440: 1/1; 2441: .998361/1; 2745: .5/1; 3049: .001639/1"
 
 
 @pytest.mark.parametrize(
-    ("changes", "steps", "anchors"),
+    ("c", "per_epoch", "steps", "base", "anchors"),
     [
-        ({}, 2097, LIMITED_ANCHORS),
-        (dict(cycles=8, epochs=22), 4194, TWO_HOUR_ANCHORS),
+        (LIMITED, SEQUENCES, 2097, 1, LIMITED_ANCHORS),
+        (track("two_hour"), SEQUENCES, 4194, 1, TWO_HOUR_ANCHORS),
+        # The record drops the sequences that fill no micro-batch of its 8 ranks, and states the decay itself.
+        (track("tiny"), 48640, 2850, 0.8, TINY_ANCHORS),
+        (track("unlimited").member(1, 20), 48800, 6100, 1, UNLIMITED_ANCHORS),
+        (track("unlimited").member(0, 20), 48800, 3050, 1, FIRST_ANCHORS),
     ],
-    ids=["limited", "two_hour"],
+    ids=["limited", "two_hour", "tiny", "unlimited", "unlimited-first"],
 )
-def test_schedule_anchors(changes, steps, anchors):
-    schedule = train_gpt.Schedule(dataclasses.replace(LIMITED, **changes), SEQUENCES)
+def test_schedule_anchors(c, per_epoch, steps, base, anchors):
+    schedule = train_gpt.Schedule(c, per_epoch)
     assert schedule.steps == steps
     for step, lr, weight_decay in re.findall(r"(\d+): ([\d.]+)/([\d.]+)", anchors):
         assert schedule.lr(int(step)) == pytest.approx(float(lr), abs=6e-7)
-        assert schedule.weight_decay(int(step)) == pytest.approx(float(weight_decay), abs=6e-7)
+        assert base * schedule.weight_decay(int(step)) == pytest.approx(float(weight_decay), abs=6e-7)
+
+
+def test_snapshots_follow_the_schedules_of_their_place_in_the_chain():
+    c, per_epoch = track("unlimited_snapshots"), (100_000_000 - 132_000) // 2049
+    links = 96  # 480 snapshots, five groups of ranks
+    for link in range(links):
+        cm = c.member(link, links)
+        schedule = train_gpt.Schedule(cm, per_epoch)
+        assert cm.batch_tokens == ref.snapshot_batch(link, links)
+        assert schedule.steps == ref.snapshot_cycle_steps(per_epoch * 2048, cm.batch_tokens)
+        assert cm.distill == (0.45 if link >= 8 else 0)
+        for s in range(0, schedule.steps, 1 if link in (0, 24) else 97):
+            assert schedule.lr(s) == pytest.approx(ref.snapshot_lr_multiplier(s, schedule.steps), rel=1e-12)
+            decay = ref.snapshot_wd_multiplier(s, schedule.steps)
+            assert schedule.weight_decay(s) == pytest.approx(decay, rel=1e-12)
+            assert schedule.momentum(s) == 0.95 and schedule.ahead(s) == (1.0,)
+            assert schedule.mode(s) == train_gpt.Mode(replay=True, passes=1, stage=0)
+    lengths = [train_gpt.Schedule(c.member(link, links), per_epoch).steps for link in (0, 23, 24, 71, 72)]
+    assert lengths == [508, 508, 381, 381, 508]
 
 
 def test_limited_replays_from_the_first_step_that_begins_in_its_seventh_epoch():
     schedule = train_gpt.Schedule(LIMITED, SEQUENCES)
-    assert [step for step in range(2097) if schedule.replay(step)] == [
+    assert [step for step in range(2097) if schedule.mode(step).replay] == [
         *range(1144, 2097)
     ]  # 1144 = ceil(6 x 48804 / 256)
     assert [schedule.epoch(step) for step in (0, 190, 191, 2096)] == [1, 1, 2, 11]
@@ -296,16 +610,93 @@ def test_limited_replays_from_the_first_step_that_begins_in_its_seventh_epoch():
     )
 
 
+def changes_of(schedule):
+    """[(epoch, mode)] at the start and wherever the mode changes, and the steps of the changes."""
+    modes = [schedule.mode(step) for step in range(schedule.steps)]
+    steps = [step for step in range(schedule.steps) if step == 0 or modes[step] != modes[step - 1]]
+    return [(schedule.epoch(step), tuple(modes[step])) for step in steps], steps
+
+
+def test_the_network_changes_where_the_records_change_it():
+    """Mode is (replay, passes, stage of the windows)."""
+    found, _ = changes_of(train_gpt.Schedule(track("two_hour"), SEQUENCES))
+    assert found == [(1, (False, 1, 0)), (7, (False, 1, 1)), (14, (True, 1, 2))]
+    windows = [[track("two_hour").window(layer, stage) for layer in (0, 3)] for stage in range(3)]
+    assert windows == [[short, long] for _, short, long in ref.TWO_HOUR_STAGES]
+    found, steps = changes_of(train_gpt.Schedule(track("tiny"), 48640))
+    assert [mode for _, mode in found] == [(False, 1, 0), (False, 2, 0)] and steps == [0, 1995]
+    found, _ = changes_of(train_gpt.Schedule(track("unlimited").member(1, 20), 48800))
+    assert found == [(1, (False, 1, 0)), (17, (True, 1, 0))]
+    found, _ = changes_of(train_gpt.Schedule(track("unlimited").member(0, 20), 48800))
+    assert found == [(1, (False, 1, 0)), (9, (True, 1, 0))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    stages=st.lists(st.integers(2, 12), max_size=4, unique=True).map(sorted),
+    passes=st.integers(1, 3),
+    tenths=st.integers(0, 10),
+    per_epoch=st.integers(40, 300),
+)
+def test_windows_grow_by_epochs_and_passes_by_steps(stages, passes, tenths, per_epoch):
+    stages = [1, *stages]
+    text = " ".join(f"{epoch}:0.5/1" for epoch in stages)
+    c = train_gpt.Config(**SMALL, window_stages=text, passes=passes, passes_from=tenths / 10)
+    schedule = train_gpt.Schedule(c, per_epoch)
+    for step in range(schedule.steps):
+        mode = schedule.mode(step)
+        assert stages[mode.stage] <= schedule.epoch(step)
+        assert mode.stage + 1 == len(stages) or schedule.epoch(step) < stages[mode.stage + 1]
+        assert mode.passes == (passes if 10 * step >= tenths * schedule.steps else 1)
+
+
 def linear_by_hand(step):
     return 1 if step <= 1678 else (2097 - step) / 419
 
 
-def test_linear_warmdown_and_constant_decay():
-    c = dataclasses.replace(LIMITED, warmdown_power=1.0, wd_schedule="constant", cycles=0)
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_linear_warmdown_to_a_floor_and_constant_decay(floor):
+    c = track("limited", warmdown_power=1.0, wd_schedule="constant", cycles=0, lr_floor=floor)
     schedule = train_gpt.Schedule(c, SEQUENCES)
     for step in range(2097):
-        assert schedule.lr(step) == pytest.approx(linear_by_hand(step), abs=1e-12)
+        assert schedule.lr(step) == pytest.approx(floor + (1 - floor) * linear_by_hand(step), abs=1e-12)
         assert schedule.weight_decay(step) == 1
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(0, [0.95, 0.95, 0.95]), (40, [0.85, 0.90, 0.95])])
+def test_momentum_warms_up(warmup, expected):
+    schedule = train_gpt.Schedule(track("limited", momentum_warmup=warmup), SEQUENCES)
+    assert [schedule.momentum(step) for step in (0, 20, 40)] == pytest.approx(expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(epochs=st.integers(9, 30), end=st.floats(0.1, 2), per_epoch=st.integers(40, 300))
+@example(15, 0.93, 760)
+def test_piecewise_decay_is_the_references(epochs, end, per_epoch):
+    knots = f"2:1 8:0.125 {epochs}:{end / 0.8:.17f}"
+    c = train_gpt.Config(**SMALL, epochs=epochs, weight_decay=0.8, wd_schedule=knots)
+    schedule = train_gpt.Schedule(c, per_epoch)
+    theirs = ref.Schedule(schedule.steps, epochs, 0.5, weight_decay=0.8, wd="piecewise", wd_end=end)
+    for step in range(schedule.steps):
+        assert schedule.weight_decay(step) == pytest.approx(ref.wd_multiplier(step, theirs), rel=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(until=st.floats(0.01, 1), per_epoch=st.integers(40, 300))
+@example(0.66, 760)
+def test_weights_of_the_heads_predictions_are_the_references(until, per_epoch):
+    c = train_gpt.Config(**SMALL, mtp="head", mtp_until=until, epochs=5)
+    schedule = train_gpt.Schedule(c, per_epoch)
+    counts = []
+    for step in range(schedule.steps):
+        weights = schedule.ahead(step)
+        counts.append(len(weights))
+        expected = ref.head_mtp_weights(step / schedule.steps, until)
+        assert [*weights, 0, 0][:3] == pytest.approx(expected, abs=1e-12) and all(weights)
+    assert counts == sorted(counts, reverse=True) and counts[0] == 3  # a variant is never returned to
+    for mtp in ("block", "none"):
+        other = train_gpt.Schedule(dataclasses.replace(c, mtp=mtp), per_epoch)
+        assert {other.ahead(step) for step in range(other.steps)} == {(1.0,)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -347,8 +738,8 @@ def test_schedules_are_the_references_and_well_behaved(
         rtol=1e-12,
     )
     assert all(0 < value <= 1 for value in lr)
-    # Continuous: but where a cycle starts, no step is larger than the warmdown's and the cosine's together. (A start
-    # that is a whole step comes one step late where the division leaves a remainder, as in the records.)
+    # Continuous: but where a cycle starts, no step is larger than the warmdown's and the cosine's together.
+    # (A start that is a whole step comes one late where the division leaves a remainder, as in the records.)
     length, falling = N / epochs, max(1, round(warmdown * N))
     most = max(power / falling, falling**-power) + math.pi / 2 / length + 1e-9
     jumps = np.flatnonzero(np.abs(np.diff(lr)) > most) + 1
@@ -357,7 +748,7 @@ def test_schedules_are_the_references_and_well_behaved(
     epoch = [schedule.epoch(step) for step in range(N)]
     assert epoch[0] == 1 and epoch[-1] == epochs and all(b - a in (0, 1) for a, b in zip(epoch, epoch[1:]))
     begin = [step for step in range(N) if step * 4 >= (replay_from - 1) * per_epoch]
-    assert [step for step in range(N) if schedule.replay(step)] == begin
+    assert [step for step in range(N) if schedule.mode(step).replay] == begin
 
 
 @pytest.mark.parametrize(
@@ -447,28 +838,93 @@ def test_the_permutations_are_those_of_the_records():
     )
 
 
-@pytest.mark.parametrize(("world", "device_batch"), [(1, 4), (1, 1), (2, 2), (2, 1), (4, 1)])
-def test_ranks_and_micro_batches_share_the_same_stream(monkeypatch, world, device_batch):
-    """Steps 0 to 20 run through two epoch borders, at 13.2 and 26.5 steps, without a gap."""
-    tokens, starts = np.arange(17 * 30 + 5, dtype=np.uint16), np.arange(0, 17 * 30, 41)
-    c = train_gpt.Config(**SMALL)
-    whole = [make_stream(tokens, starts).sequence(i) for i in range(4 * 21)]
-    expected = train_gpt.draw_noise(c, 42, range(4 * 21), torch.float32)
-    monkeypatch.setattr(train_gpt.dist, "get_world_size", lambda: world)
-    parts = {}
-    for rank in range(world):
-        monkeypatch.setattr(train_gpt.dist, "get_rank", lambda rank=rank: rank)
-        stream = make_stream(tokens, starts)
-        for step in range(21):
-            parts[step, rank] = list(
-                train_gpt.batches(stream, c, 42, step, "cpu", torch.float32, device_batch)
-            )
-    flat = [part for step in range(21) for rank in range(world) for part in parts[step, rank]]
-    assert {len(sequences) for sequences, _ in flat} == {device_batch}
-    assert np.array_equal(np.concatenate([sequences for sequences, _ in flat]), whole)
+def supplied(stream, c, rank, world, place, steps, device_batch):
+    """What one of `world` ranks is supplied with for `steps` steps, a list of micro-batches each."""
+    team = train_gpt.Team(0, 1, rank, world, None, None)
+    supply = train_gpt.batches(stream, c, team, place, CPU, torch.float32, device_batch)
+    taken = list(itertools.islice(supply, steps))
+    supply.close()
+    return taken
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    corpus=corpora(),
+    world=st.sampled_from([1, 2, 3, 8]),
+    device_batch=st.integers(1, 3),
+    micro=st.integers(1, 3),
+    place=st.integers(0, 100),
+    steps=st.integers(1, 5),
+)
+@example(
+    corpus=(np.arange(17 * 30 + 5, dtype=np.uint16), np.arange(0, 17 * 30, 41)),
+    world=2, device_batch=1, micro=2, place=0, steps=21,
+)  # fmt: skip
+def test_ranks_and_micro_batches_share_the_same_stream(corpus, world, device_batch, micro, place, steps):
+    """From any place in it on, through epoch borders within and between steps, without a gap."""
+    batch, threads = world * device_batch * micro, threading.active_count()
+    c = train_gpt.Config(**SMALL | dict(batch_tokens=16 * batch))
+    parts = [supplied(make_stream(*corpus), c, r, world, place, steps, device_batch) for r in range(world)]
+    assert threading.active_count() == threads
+    assert {len(part[step]) for part in parts for step in range(steps)} == {micro}
+    flat = [micro for step in range(steps) for part in parts for micro in part[step]]
+    assert {sequences.shape for sequences, _ in flat} == {(device_batch, 17)}
+    indices, stream = range(place, place + steps * batch), make_stream(*corpus)
+    assert np.array_equal(np.concatenate([s for s, _ in flat]), [stream.sequence(i) for i in indices])
     assert flat[0][0].dtype == torch.int64
-    for k in range(2):
-        assert torch.equal(torch.cat([noise[k] for _, noise in flat], dim=1), expected[k])
+    for k, expected in enumerate(train_gpt.draw_noise(c, 42, indices, torch.float32)):
+        assert torch.equal(torch.cat([noise[k] for _, noise in flat], dim=1), expected)
+
+
+def test_next_batch_is_made_while_this_one_is_used():
+    tokens, starts = np.arange(17 * 30, dtype=np.uint16), np.arange(0, 17 * 30, 41)
+    stream, asked, ahead = make_stream(tokens, starts), [], threading.Event()
+    of_stream = stream.sequence
+
+    def sequence(index):
+        asked.append(index)
+        if index == 7:
+            ahead.set()
+        return of_stream(index)
+
+    stream.sequence = sequence
+    team = train_gpt.Team(0, 1, 0, 1, None, None)
+    supply = train_gpt.batches(stream, train_gpt.Config(**SMALL), team, 0, CPU, torch.float32, 2)
+    next(supply)
+    assert ahead.wait(60) and asked == list(range(8))  # and not a batch further
+    stream.sequence = lambda index: 1 / 0
+    next(supply)
+    with pytest.raises(ZeroDivisionError):  # trouble in the thread is the run's
+        next(supply)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "toy"
+    make_dataset(path, "toy", train=3000, val=200, audit=200)
+    return path
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 1), border=st.booleans())
+def test_documents_that_are_set_aside_are_never_trained_on(folder, share, border):
+    """At least so many tokens, in whole documents from the front, none of them more than it takes."""
+    data = train_gpt.Dataset(folder, "")
+    whole, starts = np.array(data.splits["train"]), data.documents("train")
+    tokens = int(share * starts[-1])
+    if border:
+        tokens = int(starts[np.searchsorted(starts, tokens)])  # exactly the documents before it
+    data.set_aside(tokens)
+    fitness, train = data.splits["fitness"], data.splits["train"]
+    assert np.array_equal(np.concatenate([fitness, train]), whole)
+    assert train[0] == BOS and len(fitness) >= tokens
+    assert tokens == 0 or data.documents("fitness")[-1] < tokens
+    # Every token by a number of its own: those that the stream yields are those of train, in all epochs.
+    numbered = np.arange(len(whole), dtype=np.uint16)[len(fitness) :]
+    stream = make_stream(numbered, data.documents("train"))
+    for epoch in (1, 2, 3) if stream.per_epoch else ():
+        seen = epoch_of(stream, epoch)
+        assert seen.min() >= len(fitness) and len(np.unique(seen)) == seen.size
 
 
 def test_the_stream_never_copies_the_dataset(tmp_path):
@@ -484,13 +940,38 @@ def test_the_stream_never_copies_the_dataset(tmp_path):
     assert peak < 0.05 * tokens.nbytes  # indices of 1000 documents and 9760 sequences
 
 
+def test_order_of_fineweb100M_is_made_in_little_memory():
+    """140k documents of 100M tokens: finding them, and the orders of three epochs."""
+    rng = np.random.default_rng(0)
+    starts = np.unique(np.append(0, rng.integers(0, 100_000_000, 140_000)))
+    with tempfile.TemporaryFile() as file:
+        tokens = np.memmap(file, dtype=np.uint16, mode="w+", shape=100_000_000)
+        tokens[starts] = BOS
+        data = object.__new__(train_gpt.Dataset)
+        data.splits, data.bos_id = {"train": tokens}, BOS
+        tracemalloc.start()
+        began = time.perf_counter()
+        found = data.documents("train")
+        stream = train_gpt.Stream(tokens, found, LIMITED, 42)
+        found_after = time.perf_counter() - began
+        for epoch in (1, 2, 3):
+            stream.enter(epoch)
+        seconds, (_, peak) = time.perf_counter() - began, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert np.array_equal(found, starts) and stream.per_epoch == SEQUENCES
+        assert len(stream.sequence(3 * SEQUENCES - 1)) == 2049
+    print(f"documents {found_after:.2f} s, three epochs {seconds - found_after:.2f} s, {peak / 1e6:.1f} MB")
+    assert peak < 100e6 and seconds < 10
+
+
 # ---- Noise ---------------------------------------------------------------------------------------
 
 
-def test_noise_belongs_to_the_place_in_the_stream():
-    c = train_gpt.Config(**SMALL, stochastic_depth=0.5)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_noise_belongs_to_the_place_in_the_stream(passes):
+    c = train_gpt.Config(**SMALL, stochastic_depth=0.5, passes=passes)
     whole = train_gpt.draw_noise(c, 42, range(50), torch.float32)
-    executions = len(c.layer_order(True)) + 1
+    executions = passes * len(c.layer_order(True)) + 1
     assert whole.drop.shape == (executions, 50, 2, 2) and whole.drop.dtype == torch.int32
     assert whole.keep.shape == (executions, 50, 1, 1)
     some = train_gpt.draw_noise(c, 42, [17, 3], torch.float32)
@@ -519,10 +1000,126 @@ def test_blocks_are_skipped_independently(p, seed):
     assert ((both - expected).abs() <= 5.5 * (expected * (1 - expected) / n).sqrt() + 1e-12).all()
 
 
+# ---- Ensembles -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    link=st.integers(0, 30),
+    links=st.integers(2, 30),
+    epochs=st.integers(2, 60),
+    first_epochs=st.integers(0, 60),
+    replay_from=st.integers(1, 60),
+    distill_from=st.integers(1, 10),
+    ends=st.sampled_from([0, 32]),
+)
+@example(0, 20, 32, 16, 17, 1, 0)
+@example(0, 20, 51, 59, 52, 1, 0)
+@example(1, 5, 11, 0, 7, 1, 32)  # on the border of the first quarter
+def test_members_of_a_chain(link, links, epochs, first_epochs, replay_from, distill_from, ends):
+    assume(link < links)
+    c = train_gpt.Config(
+        **SMALL,
+        epochs=epochs,
+        first_epochs=first_epochs,
+        replay_from=replay_from,
+        distill=0.7,
+        distill_from=distill_from,
+        batch_tokens_ends=ends,
+        cycles=0,
+        average=1,
+    )
+    expected, taught = {}, link >= distill_from
+    if not taught:
+        expected["distill"] = 0.0
+        if first_epochs:  # the same share of the epochs goes by before layers are replayed
+            before = Fraction(replay_from - 1, epochs) * first_epochs
+            expected |= {"epochs": first_epochs, "replay_from": math.ceil(before) + 1}
+    in_the_middle = ref.snapshot_batch(link, links) == 524288
+    if ends and not in_the_middle:
+        expected["batch_tokens"] = 32
+    assert c.member(link, links) == dataclasses.replace(c, **expected)
+
+
+def test_chain_of_one_member():
+    assert track("nano_unlimited").member(0, 1) == track("nano_unlimited", distill=0.0)
+    assert track("limited").member(0, 1) == LIMITED
+
+
+def random_weights(links):
+    model = random_model(train_gpt.Config(**SMALL | dict(n_layer=2, replay="none")))
+    c = track("unlimited_snapshots", members=links)
+    return model, c, values_of(model)
+
+
+@pytest.mark.parametrize(("link", "links"), [(1, 96), (2, 96), (50, 96), (95, 96), (1, 2), (2, 3)])
+def test_perturbation_is_the_published_share_of_each_tensors_deviation(link, links):
+    model, c, before = random_weights(links)
+    assert model.skip.numel() == 1 and model.lam.dim() == 1
+    train_gpt.perturb(model, c, 42, link, links)
+    scale = ref.perturbation_scale(link, links) if links > 2 else 0.25
+    generator = torch.Generator().manual_seed(42 * 100003 + 31337 * link)
+    for name, p in model.named_parameters():
+        if p.numel() == 1:
+            assert torch.equal(p, before[name])
+            continue
+        noise = (p.detach() - before[name]) / (scale * before[name].std())
+        drawn = torch.randn(p.shape, generator=generator).double()
+        torch.testing.assert_close(noise, drawn, rtol=1e-5, atol=1e-5)
+        assert abs(noise.std() - 1) < 5 / math.sqrt(2 * p.numel())  # whatever generator it is
+
+
+def test_perturbation_is_the_same_on_every_rank_and_other_at_every_link_and_seed():
+    found = []
+    for seed, link in ((42, 3), (42, 3), (42, 4), (43, 3)):
+        model, c, _ = random_weights(9)
+        train_gpt.perturb(model, c, seed, link, 9)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.numel() > 1]))
+    assert torch.equal(found[0], found[1])
+    assert all((found[0] != other).double().mean() > 0.99 for other in found[2:])
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    members=st.integers(1, 12), tokens=st.integers(1, 200), top=st.integers(1, 14), seed=st.integers(0, 99)
+)
+def test_selection_is_the_references(members, tokens, top, seed):
+    fitness = normal(members, tokens, 5, seed=seed).mul(2).log_softmax(-1)[..., 0]
+    everyone = ref.select_weights(fitness.exp())
+    best, weights = ref.top_k(everyone, min(top, members))
+    rest = np.delete(everyone.numpy(), best.numpy())
+    assume(top >= members or everyone[best].min() > 1.001 * rest.max())  # not by a hair
+    expected = np.zeros(members)
+    expected[best] = weights
+    found = train_gpt.select_weights(fitness.numpy(), top)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+    assert sum(found) == pytest.approx(1, abs=1e-12) and np.count_nonzero(found) == min(top, members)
+
+
+def test_selection_recovers_a_planted_mixture():
+    """Tokens drawn from three of five members, whose distributions over 40 symbols are random."""
+    rng, planted = np.random.default_rng(0), np.array([0.5, 0.0, 0.3, 0.2, 0.0])
+    members = np.exp(1.5 * rng.standard_normal((5, 40)))
+    members /= members.sum(axis=1, keepdims=True)
+    fitness = np.log(members[:, rng.choice(40, 50_000, p=planted @ members)])
+    loss = lambda weights: -np.log(weights @ np.exp(fitness)).mean()
+    found = np.array(train_gpt.select_weights(fitness, 5))
+    np.testing.assert_allclose(found, planted, atol=0.02)
+    assert loss(found) < loss(planted) + 1e-5  # the best for these very tokens is a little better
+    three = np.array(train_gpt.select_weights(fitness, 3))
+    assert np.flatnonzero(three).tolist() == [0, 2, 3]
+    np.testing.assert_allclose(three, found * (three > 0) / found[three > 0].sum(), rtol=1e-12)
+
+
 # ---- Configuration -------------------------------------------------------------------------------
 
 FIELDS = dataclasses.fields(train_gpt.Config)
 RANGED = [f for f in FIELDS if train_gpt.COMMENTS[f.name][0].startswith("[")]
+CHOICES = [f for f in FIELDS if train_gpt.COMMENTS[f.name][0].startswith("{")]
+
+
+def flag_of(field):
+    return "--" + field.name.replace("_", "-")
 
 
 def refused(capsys, make):
@@ -546,6 +1143,9 @@ def test_every_field_is_explained():
             assert low <= f.default <= high
         elif f.type is str and allowed:
             assert f.default in allowed[1:-1].split(", ")
+        if f.name in train_gpt.FORMS:
+            form, examples = train_gpt.FORMS[f.name]
+            assert all(re.fullmatch(form, text) for text in [f.default, *examples.split(", or ")[:1]])
 
 
 @pytest.mark.parametrize("name", train_gpt.TRACKS)
@@ -558,7 +1158,7 @@ def test_every_track_is_a_configuration(name):
 @pytest.mark.parametrize("field", RANGED, ids=lambda f: f.name)
 def test_values_out_of_range_are_refused(capsys, field):
     low, high = map(float, train_gpt.COMMENTS[field.name][0][1:-1].split(","))
-    flag = "--" + field.name.replace("_", "-")
+    flag = flag_of(field)
     for value in (low - 1, high + 1, *([math.nan] if field.type is float else [])):
         err = refused(
             capsys, lambda: train_gpt.parse_args([f"{flag}={field.type(value) if value == value else value}"])
@@ -566,11 +1166,86 @@ def test_values_out_of_range_are_refused(capsys, field):
         assert flag in err and f"{low:g} to {high:g}" in err
 
 
+@pytest.mark.parametrize("field", CHOICES, ids=lambda f: f.name)
+def test_values_that_are_no_choice_are_refused(capsys, field):
+    choices = train_gpt.COMMENTS[field.name][0][1:-1]
+    for value in choices.split(", "):
+        assert getattr(train_gpt.Config(**{field.name: value}), field.name) == value
+    for value in ("", "other", choices):
+        err = refused(capsys, lambda: train_gpt.parse_args([f"{flag_of(field)}={value}"]))
+        assert flag_of(field) in err and choices in err
+
+
+BAD = st.sampled_from(["", ".", ".5", "1.", "1..2", "-1", "1.5", "0"])
+EPOCH = st.sampled_from(["1", "2", "3", "7", "8"]) | BAD
+SHARE = st.sampled_from(["0.0", "0.01", "0.25", "0.5", "1"]) | BAD
+FORMED = {
+    "windows": st.text("SLX", max_size=6),
+    "window_stages": st.lists(st.tuples(EPOCH, SHARE, SHARE).map(lambda knot: "{}:{}/{}".format(*knot))).map(
+        lambda knots: " ".join(["1:0.25/0.5", *knots])
+    ),
+    "replay": st.just("none") | st.tuples(EPOCH, EPOCH).map("-".join),
+    "wd_schedule": st.sampled_from(["antiphase", "constant", "linear"])
+    | st.lists(st.tuples(EPOCH, SHARE).map(":".join)).map(" ".join),
+}
+
+
+def used(c):
+    """All that the little languages decide in a run, as numbers."""
+    schedule = train_gpt.Schedule(c, 40)
+    for step in range(0, schedule.steps, 5):
+        mode = schedule.mode(step)
+        yield schedule.weight_decay(step)
+        yield from (c.window(layer, mode.stage) for layer in c.layer_order(mode.replay))
+        frequencies, scale = train_gpt.rotary(c, mode.stage, CPU)
+        yield from (*frequencies.tolist(), scale)
+
+
+def check_form(name, text):
+    """A text either works as it says or is refused in one line; never a traceback."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            c = train_gpt.Config(**SMALL | {name: text})
+    except SystemExit as stop:
+        assert stop.code == 2 and said.getvalue().startswith(f"error: --{name.replace('_', '-')} {text}")
+        return
+    assert all(math.isfinite(value) and value >= 0 for value in used(c))
+    epochs = [knot[0] for knot in train_gpt.knots(text)]
+    assert epochs == sorted(set(epochs))
+
+
+@pytest.mark.parametrize("name", FORMED)
+@settings(max_examples=100, deadline=None, report_multiple_bugs=False)
+@given(st.data())
+def test_forms(name, data):
+    assert set(train_gpt.FORMS) == {*FORMED, "optimizer", "optimizer_args"}
+    check_form(name, data.draw(FORMED[name]))
+
+
+@pytest.mark.parametrize("text", ["1:0.5/1 2:0.25/0.01", "1:0.5/0.01 2:0.25/0.5", "1:0.5/0.0 2:0.5/1"])
+def test_forms_of_special_cases(text):
+    """Shares of which no key is left."""
+    check_form("window_stages", text)
+
+
+@pytest.mark.parametrize(
+    "text", ["1:0..5/1", "1:./1", "1:0.5/1 1:0.25/1", "1:0.25/0.5 7:0.5/1 3:0.25/1", "1:0.5/1.5"]
+)
+def test_windows_that_mean_nothing_are_refused(capsys, text):
+    assert "--window-stages" in refused(capsys, lambda: train_gpt.Config(window_stages=text))
+
+
+@pytest.mark.parametrize("text", [".:1", "1..2:1", "2:1 8:0.1 8:1", "2:1 1:0.5"])
+def test_decays_that_mean_nothing_are_refused(capsys, text):
+    assert "--wd-schedule" in refused(capsys, lambda: train_gpt.Config(wd_schedule=text))
+
+
 @pytest.mark.parametrize("field", FIELDS, ids=lambda f: f.name)
 def test_wrong_types_are_refused(capsys, field):
     for value in (None, [1], {int: "12", float: "0.5", bool: 1, str: 7}[field.type]):
         err = refused(capsys, lambda: train_gpt.Config(**{field.name: value}))
-        assert "--" + field.name.replace("_", "-") in err and field.type.__name__ in err
+        assert flag_of(field) in err and field.type.__name__ in err
     if field.type is int:
         refused(capsys, lambda: train_gpt.Config(**{field.name: 2.0}))
         refused(capsys, lambda: train_gpt.Config(**{field.name: True}))
@@ -592,8 +1267,25 @@ def test_wrong_types_are_refused(capsys, field):
         ("--replay 20-19", "15-29"),
         ("--replay all", "15-20"),
         ("--shuffle random", "document, sequence, none"),
-        ("--mtp head", "block, none"),
-        ("--wd-schedule linear", "antiphase, constant"),
+        ("--mtp blocks", "block, head, none"),
+        ("--wd-schedule linear", "2:1 8:0.125 15:1.2"),
+        ("--wd-schedule 2", "2:1 8:0.125"),
+        ("--window-stages 0.5/1", "1:0.25/0.5 7:0.5/1"),
+        ("--window-stages 2:0.5/1", "1:0.25/0.5 7:0.5/1"),
+        ("--window-stages '1:0.5/1 7:1'", "1:0.25/0.5 7:0.5/1"),
+        ("--optimizer sgd", "torch.optim:Adafactor"),
+        ("--optimizer torch.optim.SGD", "torch.optim:Adafactor"),
+        ("--optimizer-args {", "--optimizer-args"),
+        ("--optimizer-args [1]", "--optimizer-args"),
+        ("--batch-tokens-ends 1000", "--batch-tokens-ends 1000"),
+        ("--members 2", "--average 1"),
+        ("--members 2 --average 1 --first-epochs 2", "a member has 2 epochs"),
+        ("--restarts --average-kind ema", "--average-kind probs"),
+        ("--top 3", "--fitness-tokens"),
+        ("--top 3 --fitness-tokens 2048", "--fitness-tokens"),
+        ("--ranks-per-member 0", "--ranks-per-member 0"),
+        ("--ranks 0", "--ranks 0"),
+        ("--save-every -1", "--save-every -1"),
         ("--track huge", "nano"),
         ("--seed -1", "--seed"),
         ("--device-batch 0", "--device-batch 0"),
@@ -606,7 +1298,7 @@ def test_wrong_types_are_refused(capsys, field):
     ],
 )
 def test_bad_command_lines_are_refused_in_one_line(capsys, flags, says):
-    assert says in refused(capsys, lambda: train_gpt.parse_args(["--track", "limited", *flags.split()]))
+    assert says in refused(capsys, lambda: train_gpt.parse_args(["--track", "limited", *shlex.split(flags)]))
 
 
 @pytest.mark.parametrize(
@@ -622,22 +1314,23 @@ def test_flags_win_over_the_config_file_which_wins_over_the_track(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"n_layer": 4, "replay": "none", "dropout": 0, "unet_skips": false}')
     c, _ = train_gpt.parse_args(["--config", str(path), "--n-layer", "8", "--no-head-mixing"])
-    assert (c.n_layer, c.replay, c.dropout, c.unet_skips, c.head_mixing, c.epochs) == (
+    assert (c.n_layer, c.replay, c.dropout, c.unet_skips, c.head_mixing, c.lr_scale) == (
         8,
         "none",
         0,
         False,
         False,
-        train_gpt.TRACKS["nano"]["epochs"],
+        train_gpt.TRACKS["nano"]["lr_scale"],
     )
 
 
 @pytest.mark.parametrize(
     ("world", "device_batch", "says"),
-    [(3, None, "3 ranks"), (2, 3, "--device-batch 3"), (64, None, "64 ranks")],
+    [(3, None, "3 ranks"), (2, 3, "--device-batch 3"), (64, None, "64 ranks"), (1, 16, "--device-batch 16")],
 )
 def test_batches_that_ranks_cannot_share_are_refused(capsys, world, device_batch, says):
-    c, args = train_gpt.parse_args("--seq-len 512 --batch-tokens 16384".split())  # 32 sequences
+    sizes = "--seq-len 512 --batch-tokens 16384 --batch-tokens-ends 12288"  # 32 sequences, at the ends 24
+    c, args = train_gpt.parse_args(sizes.split())
     args.device_batch = device_batch
     assert says in refused(capsys, lambda: train_gpt.check_batch(c, args, world))
 
@@ -650,6 +1343,8 @@ def test_batches_that_ranks_cannot_share_are_refused(capsys, world, device_batch
         ("--seq-len 512 --batch-tokens 16384", 2, 16),
         ("--seq-len 512 --batch-tokens 35840", 1, 14),  # 70 sequences, of which 32 would fit
         ("--seq-len 65536 --batch-tokens 131072", 1, 1),
+        ("--track unlimited_snapshots", 8, 8),  # 32 sequences a rank, at the ends 24
+        ("--track unlimited_snapshots", 16, 4),  # 16 and 12
     ],
 )
 def test_the_default_device_batch_fits_and_divides(flags, world, expected):

@@ -1,0 +1,249 @@
+"""
+How fast train_gpt.py is on this machine's CPU, part by part, and how close to what the machine can do.
+
+    python tests/bench.py                      the table for the nano track: some minutes
+    python tests/bench.py head attention       some of its parts
+    python tests/bench.py --profile            where the time of a training step goes
+
+    attention W        forward and backward of a layer's attention with the window W
+    head               logits, softcap and loss, forward and backward
+    forward, teacher   the trunk without gradients; a teacher has its weights in the compute dtype
+    score              log-probabilities of the targets
+    optimizer          a step of Muon and AdamW
+    step S             a training step, data to optimizer, for each of its modes; S is the stage of windows
+    save               a state to resume from, until it is on the disk
+
+`plain` is the time, in units of ours, of the plainest correct version on the same numbers: train_gpt.py not
+compiled, with masked scaled_dot_product_attention, torch's dropout, cross entropy of whole float32 logits,
+Muon matrix by matrix, torch.save, and the model as teacher. Both must agree. GFLOP/s are of matrix products
+as train_gpt.py counts them, also as a share of the 2048^3 bfloat16 product's; MB is the peak growth of
+resident memory (Linux, glibc). Figures are medians of rounds that time all parts in turn on an idle machine.
+"""
+import ctypes
+import importlib.util
+import itertools
+import re
+import sys
+import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+def load(name):
+    """train_gpt.py as a module of its own."""
+    path = Path(__file__).resolve().parent.parent / "train_gpt.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up by its name
+    spec.loader.exec_module(module)
+    return module
+
+def load_plain():
+    """A copy of train_gpt.py whose fast parts are the textbook's."""
+    t = load("train_gpt_plain")
+
+    def attention(q, k, v, window, scale):
+        mask = t.causal_mask(q.size(1), window, q.dtype, q.device)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+
+    def logits(x, W, softcap):
+        return softcap * torch.tanh(t.linear(x, W).float() / softcap)
+
+    def head_loss(x, W, y, w, softcap, *lesson):
+        z = logits(x, W, softcap)
+        nats = torch.stack([F.cross_entropy(z, targets, reduction="none") for targets in y.unbind(1)], 1)
+        return (w * nats).sum(), nats[:, 0].sum()
+
+    def one_by_one(W, G, state, *settings, update=t.muon_update):
+        for i in range(len(W)):
+            update(W[i:i + 1], G[i:i + 1], {name: s[i:i + 1] for name, s in state.items()}, *settings)
+
+    def save(keeper, progress):
+        state = [progress, *((group.W, group.state) for group in keeper.optimizer.groups)]
+        t.write_atomic(keeper.folder / "plain.pt", lambda file: torch.save(state, file))
+
+    t.ATTENTION["cpu"], t.muon_update, t.HeadLoss = attention, one_by_one, SimpleNamespace(apply=head_loss)
+    t.target_logprobs = lambda x, W, y, c: logits(x, W, c).log_softmax(-1).gather(-1, y[..., None])[..., 0]
+    t.dropout = lambda x, p, key: x if key is None else F.dropout(x, p)
+    t.Keeper.save, t.make_teacher = save, lambda model: model
+    return t
+
+# ---- The parts ---------------------------------------------------------------------------------------------
+
+# call() returns tensors on which both versions agree; `steps` says how many steps of a run are such a call.
+Part = namedtuple("Part", "call tokens flops steps", defaults=(0, 0.0, 0))
+
+def make_parts(t, track, folder):
+    """-> {name: Part} of train_gpt.py as the module t."""
+    c, args = t.parse_args(["--track", track])
+    c, dtype, cpu, team = c.member(0, 1), t.pick_device(args)[2], torch.device("cpu"), t.make_team(1, None)
+    t.check_batch(c, args, 1)
+    data = t.Dataset(t.ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
+    V, T, C, B = data.vocab_size, c.seq_len, c.n_embd, args.device_batch
+    schedule = t.Schedule(c, len(data.splits["train"]) // (T + 1))
+    modes = [schedule.mode(n) for n in range(schedule.steps)]
+    model = t.make_model(c, V, cpu, dtype)
+    t.initialise(model, c, 42)
+    model.head.data.mul_(100)  # logits of about 1, as those of a trained model; the first ones are next to 0
+    teacher = t.make_teacher(model)
+    optimizer, counter = t.Optimizer(model, c, dtype, team), itertools.count(1)
+    keeper = t.Keeper(SimpleNamespace(folder=folder, suffix=""), optimizer, team)
+    stream = t.Stream(data.splits["train"], data.documents("train"), c, 42)
+    supply = t.batches(stream, c, team, 0, cpu, dtype, B)
+    sequences = next(supply)[0][0]
+    fetch, update = record_function("data")(supply.__next__), record_function("optimizer")(optimizer.step)
+    torch.manual_seed(42)
+    draw = partial(torch.randn, dtype=dtype, requires_grad=True)
+    *heads, upstream = (draw(B, T, c.n_head, c.head_dim) for _ in range(4))
+    x, w = draw(B, T, C), torch.full((B, T, 1), 1 / (B * T))
+    gradients = [torch.randn_like(group.grads) for group in optimizer.groups]
+
+    def attention(window):
+        out = t.ATTENTION["cpu"](*heads, window, c.head_dim ** -0.5)
+        return out, *torch.autograd.grad(out, heads, upstream)
+
+    def head():
+        loss, _ = model.head_loss(x, sequences[:, 1:, None], w)
+        return loss, *torch.autograd.grad(loss, (x, model.head))
+
+    def optimizer_step():
+        for group, gradient in zip(optimizer.groups, gradients):
+            group.grads.copy_(gradient)
+        optimizer.step(1.0, 1.0, 0.95, next(counter))
+        return model.blocks[0].attn.q.detach(),
+
+    def step(n):
+        for sequences, noise in fetch():
+            loss, _ = model.loss(sequences, modes[n], noise, c.batch_sequences, schedule.ahead(n))
+            loss.backward()
+        update(schedule.lr(n), schedule.weight_decay(n), schedule.momentum(n), n + 1)
+        return loss.detach(),
+
+    parts, mode, tokens = {}, modes[-1], B * T
+    scoring = t.flops_per_token(c, V, mode, training=False)
+    for window in sorted({c.window(layer, mode.stage) for layer in range(c.n_layer)}):
+        keys = sum(min(i, window) + 1 for i in range(T)) / T
+        parts[f"attention {window}"] = Part(partial(attention, window), tokens, 12 * C * keys * tokens)
+    shapes = ((len(group.W), *sorted(group.W.shape[1:])) for group in optimizer.groups if group.W.dim() == 3)
+    polar = len(t.POLAR_EXPRESS) * sum(2 * n * (2 * R * R * S + R ** 3) for n, R, S in shapes)
+    trunk = (scoring - 2 * V * C) * tokens
+    parts |= {
+        "head": Part(head, tokens, 6 * V * C * tokens),
+        "forward": Part(torch.no_grad()(lambda: model.trunk(sequences[:, :-1], mode)[:1]), tokens, trunk),
+        "teacher": Part(lambda: teacher.teach(sequences, mode)[:1], tokens, trunk),
+        "score": Part(lambda: (model.target_logprobs(sequences, mode),), tokens, scoring * tokens),
+        "optimizer": Part(optimizer_step, c.batch_tokens, polar),
+    }
+    for kind in dict.fromkeys(modes):
+        name = f"step {kind.stage}" + " replay" * kind.replay + f" x{kind.passes}" * (kind.passes > 1)
+        flops = c.batch_tokens * t.flops_per_token(c, V, kind)
+        parts[name] = Part(partial(step, modes.index(kind)), c.batch_tokens, flops, modes.count(kind))
+    return parts | {"save": Part(lambda: keeper.save({"updates": next(counter)}) or keeper.wait() or ())}
+
+# ---- Measuring ---------------------------------------------------------------------------------------------
+
+def peak_growth(call):
+    """MB by which resident memory grows in a call, at most; what the heap had kept is given back before."""
+    resident = lambda kind: int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten (man 5 proc)
+    before = resident("VmRSS")
+    call()
+    return round((resident("VmHWM") - before) * 1024 / 1e6)
+
+def measure(versions, matmul_peak, rounds):
+    """{name: (ours, plain)} -> {name: (their seconds, their MB)}, the FLOP/s of the product."""
+    memory, times, peaks = {}, {name: ([], []) for name in versions}, []
+    for name, pair in tqdm(versions.items(), "warm-up", unit="part", leave=False):
+        for a, b in zip(*(part.call() for part in pair), strict=True):
+            error = (a.double() - b.double()).norm() / b.double().norm()
+            assert error < 0.05, f"{name}: ours and plain differ by {error:.1%}, more than bfloat16 does"
+        memory[name] = [peak_growth(part.call) for part in pair]
+    for _ in tqdm(range(rounds), "measuring", unit="round", leave=False):
+        peaks.append(matmul_peak())
+        for name, pair in versions.items():
+            for part, samples in zip(pair, times[name]):
+                timer = Timer("call()", globals=part._asdict(), num_threads=torch.get_num_threads())
+                samples.append(timer.blocked_autorange(min_run_time=0.2).median)
+    return {name: (*map(median, times[name]), *memory[name]) for name in versions}, median(peaks)
+
+def print_table(versions, figures, peak):
+    row = "{:<16}{:>10}{:>11}{:>10}{:>9}{:>9}{:>8}{:>10}".format
+    print(row("part", "ms", "tokens/s", "GFLOP/s", "% peak", "plain", "MB", "plain MB"))
+    steps, time, flops = 0, 0.0, 0.0
+    for name, (part, _) in versions.items():
+        ours, plain, *sizes = figures[name]
+        rate = part.flops / ours
+        rates = f"{part.tokens / ours:,.0f}", f"{rate / 1e9:,.1f}", f"{rate / peak:.1%}"
+        print(row(name, f"{1e3 * ours:,.2f}", *rates, f"{plain / ours:.2f}", *sizes))
+        steps, time, flops = steps + part.steps, time + part.steps * ours, flops + part.steps * part.flops
+    print(row("2048^3 product", f"{2e3 * 2048 ** 3 / peak:.2f}", "-", f"{peak / 1e9:,.1f}", "100.0%", *"---"))
+    if steps:
+        print(f"a run's {steps:,} steps: {time:,.0f} s, {flops:.4g} FLOPs, {flops / time / peak:.1%} of peak")
+
+# An event's group is the first whose pattern is in its path, the names from the outermost event to its own.
+GROUPS = {"data": "/data", "optimizer": "/optimizer", "attention": "/attention", "head": "HeadLoss",
+          "trunk matmuls": "mm$|linear$", "elementwise (compiled)": "Compiled", "other": ""}
+
+def print_profile(t, name, step, steps=5):
+    """Where the time of a training step goes: the own times of the events that torch.profiler sees."""
+    t.ATTENTION["cpu"] = record_function("attention")(t.ATTENTION["cpu"])
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen, record_function("steps"):
+        for _ in range(steps):
+            step()
+    paths, attention, spent = {None: ""}, set(), dict.fromkeys(GROUPS, 0.0)
+    for event in seen.events():  # parents come before children, and forward before backward
+        # A node of autograd has the number of the forward operation that it is the backward of.
+        backward = event.name.startswith("autograd::engine") and event.sequence_nr in attention
+        above = paths[event.cpu_parent and event.cpu_parent.id]
+        path = paths[event.id] = f"{above}/{'attention' if backward else event.name}"
+        if "/attention" in path and event.sequence_nr >= 0:
+            attention.add(event.sequence_nr)
+        if path.startswith("/steps"):
+            group = next(group for group, pattern in GROUPS.items() if re.search(pattern, path))
+            spent[group] += event.self_cpu_time_total
+    total = sum(spent.values())
+    print(f"{name}: {total / steps / 1e3:,.1f} ms")
+    for group, time in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{group:<24}{time / total:>6.1%}{time / steps / 1e3:>10,.1f} ms")
+
+def main():
+    t = load("train_gpt")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.error = lambda message: t.fail(f"{message}; see python tests/bench.py --help")
+    add = parser.add_argument
+    add("part", nargs="*", metavar="PART", help="first word of a part to measure (default: all)")
+    add("--track", default="nano", help="whose preset is measured (default nano)")
+    add("--rounds", type=int, default=5, help="how often all parts are timed (default 5)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own choice)")
+    add("--profile", action="store_true", help="profile the training step instead")
+    args = parser.parse_args()
+    if min(args.rounds, args.threads) < 1:
+        parser.error("--rounds and --threads are 1 or more")
+    torch.set_num_threads(args.threads)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    compiled = t.setup_compile(True, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        parts = make_parts(t, args.track, Path(folder))
+        if unknown := set(args.part) - {name.split()[0] for name in parts}:
+            parser.error(f"there is no part {', '.join(sorted(unknown))}")
+        print(f"{args.track}, {args.threads} threads, {compiled}, torch {torch.__version__}")
+        if args.profile:
+            return print_profile(t, *[(name, part.call) for name, part in parts.items() if part.steps][-1])
+        plain = make_parts(load_plain(), args.track, Path(folder))
+        versions = {name: (part, plain[name]) for name, part in parts.items()
+                    if not args.part or name.split()[0] in args.part}
+        print_table(versions, *measure(versions, t.matmul_peak, args.rounds))
+
+if __name__ == "__main__":
+    main()
