@@ -199,6 +199,9 @@ set_up >&2
 [[ ! $dataset || -d data/$dataset ]] || "$venv_python" data/prepare.py "$dataset"
 case $command in
     data) cd "$caller" && exec "$venv_python" "$root/data/prepare.py" "$@" ;;
-    test) exec "$venv_python" -m pytest "${@:-tests}" ;;
+    test)
+        (($#)) || set -- -n 2 --dist loadfile tests # two files at a time
+        exec "$venv_python" -m pytest "$@"
+        ;;
     *) launch --track "$command" "$@" ;;
 esac

@@ -161,9 +161,9 @@ def test_data_and_test_commands(project):
     assert calls(project) == [
         "data/prepare.py fineweb100M --tokens 5",
         "data/prepare.py nano",
-        "-m pytest tests",
+        "-m pytest -n 2 --dist loadfile tests",
         "-m pytest tests/test_x.py -x",
-        "-m pytest tests",
+        "-m pytest -n 2 --dist loadfile tests",
     ]
 
 
@@ -233,7 +233,7 @@ def test_two_starts_at_once_install_once(folder):
     for process in second, first:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    assert calls(folder).count("-m pytest tests") == 2
+    assert calls(folder).count("-m pytest -n 2 --dist loadfile tests") == 2
     assert installations(folder) == 1
 
 
