@@ -8,7 +8,7 @@
 #
 # TRACK is one of
 #   nano                                   the default: the full recipe on 1M tokens, minutes on two CPU cores
-#   smoke                                  one twentieth of nano, for a first look
+#   smoke                                  one thirtieth of nano, for a first look
 #   nano_unlimited                         the same data, any compute: an ensemble of such models
 #   tiny                                   100M tokens on 8xH100 for 15 minutes
 #   limited                                the same for 60 minutes

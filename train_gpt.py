@@ -4,7 +4,7 @@ Slowrun: the lowest validation loss on a fixed 100M tokens, with as much compute
 This file is the contestant: model, optimizer, data order, schedules, scoring and the loop, in reading order.
 
     ./run.sh                        the nano track: a laptop CPU, minutes
-    ./run.sh smoke                  a twentieth of it, for a first look
+    ./run.sh smoke                  a thirtieth of it, for a first look
     ./run.sh limited --seed 43      8xH100, one hour (after ./run.sh data fineweb100M)
     ./run.sh limited --resume       goes on with a run that was interrupted, as if it had not been
     ./run.sh unlimited --plan       what it would take: parameters, memory, hours, money
@@ -239,7 +239,8 @@ UNLIMITED = dict(n_head=16, n_embd=2048, softcap=15.0, replay="15-24", replay_pa
                  warmdown_power=1.0, cycles=0, average=1, grad_clip=1.0)
 TRACKS = {
     "nano": NANO,
-    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=32, epochs=2, replay="1-1", replay_from=2, cycles=1),
+    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, epochs=1, replay="1-1", replay_from=1, cycles=1,
+                         average=1),
     "tiny": dict(n_layer=16, n_head=8, n_embd=1024, softcap=15.0, rope="half", key_offset=True,
                  head_mixing=False, xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1,
                  out_init="zero", dropout_mlp=False, stochastic_depth=0.0, weight_decay=0.8,
