@@ -922,7 +922,7 @@ class Group:
         """The multipliers of learning rate and decay, Muon's momentum, and the step counted from 1."""
         row, lr, weight_decay = self.row, lr * self.row.lr, weight_decay * self.row.weight_decay
         if row.optimizer == "muon":
-            muon_update(self.W, self.G, self.state, lr, weight_decay, momentum, 0.95, self.c.row_norm,
+            muon_update(self.W, self.G, self.state, lr, weight_decay, momentum, row.betas[1], self.c.row_norm,
                         self.dtype)
         elif row.optimizer == "adamw":
             adamw_update(self.W, self.G, self.state, lr, weight_decay, *row.betas, step)
@@ -1219,7 +1219,7 @@ class Schedule:
 
     def momentum(self, step):
         """Muon's momentum warms up from 0.85 to 0.95."""
-        return 0.85 + 0.10 * min(step / max(1, self.c.momentum_warmup), 1) if self.c.momentum_warmup else 0.95
+        return 0.85 + 0.10 * min(step / self.c.momentum_warmup, 1) if self.c.momentum_warmup else 0.95
 
     def ahead(self, step):
         """Weights of the head's predictions 1, 2 and 3 tokens ahead: 0.25 falls to 0 first, then 0.5."""
@@ -1295,6 +1295,10 @@ class Member(NamedTuple):
     val_loss: float
     weight: float = 1.0
 
+def read_member(record):
+    """The Member that a JSON object describes."""
+    return Member(**record | {"mode": Mode(*record["mode"])})
+
 def select_weights(fitness, top):
     """
     Log-probabilities (M, n) that M members give the fitness tokens -> the weights (M,) of the mixture that
@@ -1314,17 +1318,16 @@ def select_weights(fitness, top):
     weights[weights.argsort(descending=True, stable=True)[top:]] = 0
     return (weights / weights.sum()).tolist()
 
-def members_of(c, folder, count=None):
-    """What the first `count` members predict with: late epochs of one model (#12), or an ensemble."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*_????.json"))][:count]
-    found = [Member(**member | {"mode": Mode(*member["mode"])}) for member in found]
+def members_of(c, folder, count):
+    """What a run predicts with: late epochs of its one model (#12), or its first `count` members."""
+    found = [read_member(json.loads(path.read_text())) for path in sorted(folder.glob("*_????.json"))]
     if c.members == 1:
         found = found[-c.average if c.average_kind == "probs" else -1:]
-    elif c.drop_first and len(found) > 1:
-        found = found[1:]
+    else:
+        found = found[1 if c.drop_first and count > 1 else 0:count]
     recency = c.members == 1 and c.average_weights == "recency"
     weights = [n if recency else 1 for n in range(1, len(found) + 1)]
-    if c.top and count == c.members:
+    if c.top and count == c.members > 1:
         weights = select_weights(np.stack([logprobs(folder, member, "fitness") for member in found]), c.top)
     return [member._replace(weight=weight / sum(weights)) for member, weight in zip(found, weights) if weight]
 
@@ -1354,7 +1357,7 @@ class Predictor:
         self.loaded, self.verified = None, set()
         spec = json.loads((self.folder / "predictor.json").read_text())
         self.c, self.vocab_size = Config(**spec["config"]), spec["vocab_size"]
-        self.members = [Member(**m | {"mode": Mode(*m["mode"])}) for m in spec["members"]]
+        self.members = [read_member(record) for record in spec["members"]]
         self.model = make_model(self.c, self.vocab_size, self.device, getattr(torch, spec["dtype"]))
 
     def load(self, member):
@@ -1759,15 +1762,15 @@ class Training:
         record = self.folder / f"member_{member - self.team.teams:04d}.json"
         if not record.exists():
             fail(f"{record} is missing: it belongs to the teacher of member {member}")
-        before = json.loads(record.read_text())
-        check_digest(path := self.folder / before["checkpoint"], before["sha256"])
+        before = read_member(json.loads(record.read_text()))
+        check_digest(path := self.folder / before.checkpoint, before.sha256)
         load_weights(self.teacher, path)
-        return Mode(*before["mode"])
+        return before.mode
 
     def likelihoods(self, split, mode):
-        logprobs = lambda part: self.model.target_logprobs(part, mode)
+        scorer = lambda part: self.model.target_logprobs(part, mode)
         sequences = self.data.sequences(split, self.c.seq_len)
-        return log_likelihoods(logprobs, sequences, self.args.device_batch, self.team, self.device)
+        return log_likelihoods(scorer, sequences, self.args.device_batch, self.team, self.device)
 
     def evaluate(self, member, step, epoch, mode):
         """-> (the Score on val, the log-probabilities that it comes from)."""
@@ -1787,7 +1790,7 @@ class Training:
     def keep(self, name, mode, val, others=True):
         """Files the model as a member of the predictor, with what it gives the targets of val and others."""
         scores = {"val": val.astype(np.float32)}
-        for split in ["audit", "fitness"][:1 + (self.c.top > 0)] if others else []:
+        for split in ["audit"] + ["fitness"] * (self.c.top > 0) if others else []:
             scores[split] = self.likelihoods(split, mode).astype(np.float32)
         if self.log.main:
             sha256 = save_weights(self.model, self.folder / f"{name}.pt")
@@ -1801,7 +1804,7 @@ class Training:
 
     def write_predictor(self, count):
         """Says in predictor.json what the first `count` members predict with; -> them, weighted."""
-        members = members_of(self.c, self.folder, None if self.c.members == 1 else count)
+        members = members_of(self.c, self.folder, count)
         spec = {"config": dataclasses.asdict(self.c), "vocab_size": self.data.vocab_size,
                 "dtype": str(self.dtype)[6:], "members": [member._asdict() for member in members]}
         write_json(self.folder / "predictor.json", spec)
@@ -1951,11 +1954,12 @@ def finish(t, run):
     """Scores the final predictor, writes what the run leaves behind, prints the final table."""
     c, args, data, log, team, folder = t.c, t.args, t.data, t.log, t.team, t.folder
     dist.barrier(group=team.group)  # the first rank has written predictor.json
-    members, mixed = members_of(c, folder, None if c.members == 1 else c.members), {}
+    members, mixed = members_of(c, folder, c.members), {}
+    predictor = Predictor(log.folder, t.device) if c.mix == "logits" else None
     for split in ("val", "audit"):
-        if c.mix == "logits":
+        if predictor:
             sequences = data.sequences(split, c.seq_len)
-            mixed[split], _ = Predictor(log.folder, t.device).score(sequences, args.device_batch, team)
+            mixed[split], _ = predictor.score(sequences, args.device_batch, team)
         elif log.main:
             mixed[split], _ = mixture((m.weight, logprobs(folder, m, split)) for m in members)
     if not log.main:
@@ -2252,8 +2256,8 @@ def main(stop, argv=None):
         keep_heap()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(minutes=args.timeout), **alone)
     timeout = timedelta(minutes=args.timeout)
+    dist.init_process_group(backend, timeout=timeout, **alone)
     world = make_team(dist.get_world_size(), timeout)
     team = make_team(args.ranks_per_member or world.size, timeout)
     if args.eval:
