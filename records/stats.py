@@ -130,6 +130,30 @@ def seeds_for(gain, se_doc=TYPICAL_SE_DOC, s=SEED_FLOOR, power=0.8):
     return max(1, math.ceil(2 * s**2 / room - 1e-9)) if room > 0 else None
 
 
+# ---- Does a small track predict a large one? -----------------------------------------------------
+
+
+def ranks(values):
+    """(..., n): the place of each value among the n, from 1; equal ones share the mean of their places."""
+    values = np.asarray(values)
+    other, own = values[..., None, :], values[..., None]
+    return (other < own).sum(-1) + ((other == own).sum(-1) + 1) / 2
+
+
+def rank_correlation(known, gains, errors, resamples=10_000, seed=0):
+    """(rho, low, high, p): Spearman's rank correlation of `known` and `gains`, (n,) each; the 95 % interval
+    in which the gains' standard errors leave it; how often a random order of the n does as well."""
+    def rho(rows):
+        a, b = (ranks(part) - (len(known) + 1) / 2 for part in (known, rows))
+        return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+    rng = np.random.default_rng(seed)
+    low, high = np.quantile(rho(rng.normal(gains, errors, (resamples, len(gains)))), (0.025, 0.975))
+    shuffled = rho(rng.permuted(np.tile(gains, (resamples, 1)), axis=1))
+    found = rho(np.asarray(gains))
+    return found, low, high, (shuffled >= found - 1e-9).mean()
+
+
 # ---- Data efficiency -----------------------------------------------------------------------------
 
 

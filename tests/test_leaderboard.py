@@ -532,6 +532,23 @@ def test_the_tables_say_what_is_known(copy):
     assert int(looks) == 5 * (3 + 3 + 3 + 1) and abs(float(gap)) < 2 * float(error)
 
 
+def test_steps_of_the_published_history_stand_beside_their_gains_here(repo):
+    """The published losses of 1, 3, 6 and 10 are 3.402, 3.349, 3.295 and 3.270."""
+    for number, level in (1, 0.0), (3, -0.08), (6, -0.2), (10, -0.21):
+        kind = "baseline" if number == 1 else "record"
+        runs = repo.runs(f"l{number}s", level=level, config={"seq_len": SEQ_LEN, "step": number})
+        repo.add(runs, f"limited-{number:02d}", "--kind", kind)
+    repo("render")
+    text = (repo.root / "README.md").read_text()
+    rows = re.findall(r"\| (p\d+ to p\d+) \| (\S+) \| (\S+) ± (\S+) \| title of (\S+) \|", text)
+    assert [row[0] for row in rows] == ["p1 to p3", "p3 to p6", "p6 to p10"]
+    assert [row[4] for row in rows] == ["limited-03", "limited-06", "limited-10"]
+    assert [float(row[1]) for row in rows] == [0.053, 0.054, 0.025]
+    for (_, _, gain, half, _), truth in zip(rows, (0.08, 0.12, 0.01)):
+        assert abs(float(gain) - truth) < 2 * float(half) < 0.02
+    assert "Rank correlation of the 3 steps: 1.00; " in text
+
+
 def test_the_watch_sees_gains_that_val_alone_shows(repo):
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
     repo.add(repo.runs("peeked", level=-0.03, audit_level=-0.01, source=b"peeked\n"), "peeked")

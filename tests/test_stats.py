@@ -199,6 +199,27 @@ def test_more_seeds_is_the_fewest_that_pass(gain, se_doc, s, n_new, n_old):
         assert more == 0 or stats.gate(gain, se_doc, s, n_new + more - 1, n_old) < stats.GATE * (1 + 1e-6)
 
 
+# ---- Does a small track predict a large one? -----------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlation_is_scipys_also_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    known, gains = rng.integers(0, 6, 9) / 100, rng.integers(0, 6, 9) / 100
+    rho, low, high, p = stats.rank_correlation(known, gains, np.full(9, 1e-12))
+    expected = scipy.stats.spearmanr(known, gains).statistic
+    shuffled = [scipy.stats.spearmanr(known, rng.permutation(gains)).statistic for _ in range(1000)]
+    assert rho == pytest.approx(expected)
+    assert p == pytest.approx(np.mean(np.array(shuffled) >= expected - 1e-9), abs=0.06)
+
+
+def test_rank_correlation_knows_how_little_few_steps_say():
+    known = np.array([0.01, 0.02, 0.03, 0.04])
+    rho, low, high, p = stats.rank_correlation(known, known, np.full(4, 1e-6))
+    assert rho == low == high == pytest.approx(1) and p == pytest.approx(1 / 24, abs=0.01)
+    assert stats.rank_correlation(known, known, np.full(4, 0.05))[1] < 0  # noise beyond the gains
+
+
 # ---- Data efficiency -----------------------------------------------------------------------------
 
 # worked out by hand from the table, per track in the order of the published records
