@@ -15,7 +15,8 @@
 #   two_hour                               the same for 120 minutes
 #   unlimited                              100M tokens, up to 64 H100 for 7 days: an ensemble
 #   unlimited_snapshots                    the same by snapshots, of which held-out training tokens choose
-# ./run.sh TRACK --plan says what it takes. The tracks of 100M tokens need ./run.sh data fineweb100M first.
+# ./run.sh TRACK --plan [FLAGS] says what it takes, without training. The tracks of 100M tokens need
+# ./run.sh data fineweb100M first.
 #
 # The first start makes .venv and installs requirements.txt into it, again only when that file changes; the
 # nano tracks build data/nano when it isn't there. data/ and runs/ lie in this folder, wherever it is started
@@ -188,11 +189,18 @@ case $command in
     *) fail "no track '$command'; choose from: nano smoke nano_unlimited tiny limited two_hour unlimited\
  unlimited_snapshots" ;;
 esac
+plan=''
 for flag; do
+    shift
     case $flag in
         -h | --help) dataset='' NPROC=1 ;;
-        --data | --data=* | --eval | --eval=* | --plan) dataset='' ;; # these bring their data, or need none
+        --data | --data=* | --eval | --eval=*) dataset='' ;; # these bring their data
+        --plan)
+            dataset='' plan=yes
+            continue # it goes to no program
+            ;;
     esac
+    set -- "$@" "$flag"
 done
 
 set_up >&2
@@ -203,5 +211,8 @@ case $command in
         (($#)) || set -- -n 2 --dist loadfile tests # two files at a time
         exec "$venv_python" -m pytest "$@"
         ;;
-    *) launch --track "$command" "$@" ;;
+    *)
+        [[ $plan ]] || launch --track "$command" "$@"
+        cd "$caller" && exec "$venv_python" "$root/plan.py" --track "$command" "$@"
+        ;;
 esac

@@ -52,7 +52,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -85,7 +85,7 @@ class Config:
     seq_len: int = 2048               # [16, 65536] T: tokens that a sequence feeds to the model
     batch_tokens: int = 524288        # [16, 100000000] tokens per optimizer step, all ranks together
     batch_tokens_ends: int = 0        # [0, 100000000] in a chain's first and last quarter; 0: no difference
-    epochs: int = 11                  # [1, 10000] passes over the training tokens, for each member
+    epochs: int = 11                  # [1, 9999] passes over the training tokens, for each member
     shuffle: str = "document"         # {document, sequence, none} what is permuted anew in every epoch
     fitness_tokens: int = 0           # [0, 100000000] training tokens set aside to weigh members by
     # model
@@ -144,7 +144,7 @@ class Config:
     average_kind: str = "probs"       # {probs, weights, ema, blend} what is averaged, and how
     keep_final: float = 0.7           # [0, 1] blend: share of the last weights; the rest is an EMA
     # the ensemble
-    members: int = 1                  # [1, 10000] models, trained one after another and mixed
+    members: int = 1                  # [1, 9999] models, trained one after another and mixed
     first_epochs: int = 0             # [0, 10000] epochs of members that have no teacher; 0: as the others
     drop_first: bool = False          # the first member only teaches
     distill: float = 0.0              # [0, 0.99] alpha: the teacher's share in the loss
@@ -269,9 +269,6 @@ CAPS = {
     "unlimited": ("gpu_seconds", 64 * 7 * 86400),
     "unlimited_snapshots": ("gpu_seconds", 64 * 7 * 86400),
 }
-# Vocabulary, training tokens and machine, for plans that are made before there is the data.
-DATASETS = {"nano": (4096, 1_000_000, "cpu"), "fineweb100M": (50257, 100_000_000, "cuda")}
-
 LEADS_TEAM = False  # this rank is the first of its team, which may meet what no other does
 
 def quit_run(code, message):
@@ -1170,11 +1167,15 @@ def batches(stream, c, team, place, device, dtype, device_batch):
 # ---- Schedules ---------------------------------------------------------------------------------------------
 
 class Schedule:
-    """All that changes with the step. `per_epoch` sequences make an epoch, `steps` batches the run."""
+    """
+    All that changes with the step. `per_epoch` sequences make an epoch, `steps` batches the run, which may be
+    stopped early, at its `end`.
+    """
 
-    def __init__(self, c, per_epoch):
+    def __init__(self, c, per_epoch, max_steps=None):
         self.c, self.per_epoch = c, per_epoch
         self.steps = max(1, round(c.epochs * per_epoch / c.batch_sequences))
+        self.end = min(self.steps, max_steps or self.steps)
 
     def epoch(self, step):
         """The epoch in which a step lies, from 1: that of its first sequence. Steps straddle the borders."""
@@ -1247,9 +1248,9 @@ class Schedule:
             return 1 - (1 - c.keep_final) * (1 - share) if last else share
         return 0.0
 
-    def training_flops(self, vocab_size, steps=None):
-        """The counted operations of the run's first `steps` steps, by default of all."""
-        modes = [self.mode(step) for step in range(steps or self.steps)]
+    def training_flops(self, vocab_size):
+        """The counted operations of the run."""
+        modes = [self.mode(step) for step in range(self.end)]
         per_token = {mode: flops_per_token(self.c, vocab_size, mode) for mode in set(modes)}
         return self.c.batch_tokens * sum(per_token[mode] for mode in modes)
 
@@ -1640,6 +1641,8 @@ def open_run(run, args):
     elif args.resume:
         folder = ROOT / "runs" / args.resume
     else:
+        if run["teams"] > run["config"]["members"]:
+            fail(f"--ranks-per-member {args.ranks_per_member} makes {run['teams']} teams for fewer --members")
         name = args.run_name or f"{args.track}_{datetime.now():%Y%m%d-%H%M%S}_s{args.seed}"
         folder = ROOT / "runs" / name
         if any(path.name not in ("checkpoints", "run.json.tmp") for path in folder.glob("*")):
@@ -1698,10 +1701,10 @@ class Report:
             self.copied.synchronize()
         return self.values.tolist()
 
-def member_schedule(c, tokens, team, member):
+def member_schedule(c, tokens, team, member, max_steps=None):
     """The schedule of one of the run's members on these tokens, and in it the member's configuration."""
     links = -(-c.members // team.teams)
-    return Schedule(c.member(member // team.teams, links), len(tokens) // (c.seq_len + 1))
+    return Schedule(c.member(member // team.teams, links), len(tokens) // (c.seq_len + 1), max_steps)
 
 class Training:
     """What a team trains with, and what it does between the steps. `progress` is what a state remembers."""
@@ -1709,9 +1712,11 @@ class Training:
     def __init__(self, c, args, data, log, team, device, dtype, stop):
         self.c, self.args, self.data, self.log, self.team, self.stop = c, args, data, log, team, stop
         self.device, self.dtype, self.folder = device, dtype, log.folder / "checkpoints"
-        self.started = time.time()
-        self.schedules = {member: member_schedule(c, data.splits["train"], team, member)
-                          for member in range(team.index, c.members, team.teams)}
+        self.started, self.pulsed = time.time(), -math.inf
+        self.seen = [deque(maxlen=11) for _ in range(team.teams)]  # what pulse() saw of the other teams
+        self.schedules = [member_schedule(c, data.splits["train"], team, member, args.max_steps)
+                          for member in range(c.members)]
+        self.own = range(team.index, c.members, team.teams)  # the members that this team trains
         self.model = make_model(c, data.vocab_size, device, dtype)
         self.model.checkpointing = args.checkpointing
         initialise(self.model, c, args.seed)
@@ -1719,7 +1724,7 @@ class Training:
         self.optimizer = Optimizer(self.model, c, dtype, team)
         self.keeper = Keeper(log, self.optimizer, team)
         first = self.schedules[team.index]
-        flops = sum(schedule.training_flops(data.vocab_size) for schedule in self.schedules.values())
+        flops = sum(self.schedules[member].training_flops(data.vocab_size) for member in self.own)
         log(f"plan   {self.model.parameter_count():,} parameters, {c.epochs} epochs of "
             f"{first.per_epoch * c.seq_len:,} tokens, {first.steps} steps of {c.batch_tokens:,}, "
             f"{flops:.3g} FLOPs")
@@ -1736,7 +1741,7 @@ class Training:
         sequences = torch.zeros(batch, c.seq_len + 1, dtype=torch.int64, device=self.device)
         noise = Noise(*(part.to(self.device) for part in draw_noise(c, 0, range(batch), self.dtype)))
         variants = {(s.mode(step), len(s.ahead(step)), s.c.distill > 0)
-                    for s in self.schedules.values() for step in range(s.steps)}
+                    for s in (self.schedules[member] for member in self.own) for step in range(s.end)}
         for mode, ahead, taught in sorted(variants):
             lesson = self.teacher.teach(sequences, mode) if taught else None
             self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
@@ -1749,7 +1754,7 @@ class Training:
         c, link = self.c, member // self.team.teams
         seed = self.args.seed + (self.team.index if c.restarts else member)
         if self.progress["step"] == 0 and c.restarts and link:
-            perturb(self.model, c, seed, link, len(self.schedules))
+            perturb(self.model, c, seed, link, len(self.own))
         elif self.progress["step"] == 0:
             initialise(self.model, c, seed)
             self.optimizer.reset()
@@ -1768,7 +1773,10 @@ class Training:
         return before.mode
 
     def likelihoods(self, split, mode):
-        scorer = lambda part: self.model.target_logprobs(part, mode)
+        def scorer(part):
+            self.pulse()
+            return self.model.target_logprobs(part, mode)
+
         sequences = self.data.sequences(split, self.c.seq_len)
         return log_likelihoods(scorer, sequences, self.args.device_batch, self.team, self.device)
 
@@ -1832,9 +1840,30 @@ class Training:
         quit_run(75, f"stopped by a signal after step {self.progress['step'] - 1}; to go on: ./run.sh "
                      f"{self.args.track} --resume {self.log.folder.name}")
 
+    def pulse(self):
+        """
+        Shows the other teams, with which it shares no collective, that this one goes on: by the time of its
+        metrics. Ends the run, as a collective would, when an unfinished team has shown nothing for --timeout.
+        Called for every micro-batch, so that a team that is merely slow is not taken for one that hangs.
+        """
+        if not self.log.main or time.monotonic() < self.pulsed + 60 * self.args.timeout / 10:
+            return
+        self.pulsed = time.monotonic()
+        for index, seen in enumerate(self.seen):
+            path = self.log.folder / f"metrics{f'_{index}' * (index > 0)}.jsonl"
+            last = range(index, self.c.members, len(self.seen))[-1]
+            if index == self.team.index:
+                path.touch()
+            elif not (self.folder / f"member_{last:04d}.json").exists():
+                seen.append(path.exists() and path.stat().st_mtime_ns)
+                if seen.count(seen[-1]) == seen.maxlen:
+                    self.log(f"team {index} of {len(self.seen)} does not answer")
+                    raise RuntimeError("Application timeout between teams")
+
     def wait_for_teams(self, count):
         """Until there are the first `count` members. All ranks see a signal that came to one."""
         while True:
+            self.pulse()
             missing = not all((self.folder / f"member_{n:04d}.json").exists() for n in range(count))
             flags = torch.tensor([missing, self.stop.name is not None], dtype=torch.float32)
             dist.all_reduce(flags, group=self.team.side)
@@ -1853,11 +1882,11 @@ def train(t):
     gc.collect()
     gc.freeze()  # what lives now lives to the end: the collector need not walk it at every pass
     place = 0  # in the stream: fresh members read it from its start, snapshots where the one before has ended
-    for member, schedule in t.schedules.items():
-        cm = schedule.c
-        steps = min(schedule.steps, args.max_steps or schedule.steps)
+    for member in t.own:
+        schedule = t.schedules[member]
+        cm, steps = schedule.c, schedule.end
+        start, place = place, place + c.restarts * steps * cm.batch_sequences
         if member < progress["member"]:
-            place += c.restarts * steps * cm.batch_sequences
             continue
         if member > progress["member"]:
             progress |= {"member": member, "step": 0}
@@ -1865,9 +1894,8 @@ def train(t):
         seed, seconds_before = t.begin(member), progress["train_seconds"]
         teacher_mode = t.load_teacher(member) if cm.distill else None
         stream = Stream(t.data.splits["train"], t.data.documents("train"), c, seed)
-        supply = batches(stream, cm, team, place + first * cm.batch_sequences, t.device, t.dtype,
+        supply = batches(stream, cm, team, start + first * cm.batch_sequences, t.device, t.dtype,
                          args.device_batch)
-        place += c.restarts * steps * cm.batch_sequences
         bar = tqdm(initial=first, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
                    disable=not (log.main and team.index == 0 and sys.stdout.isatty()))
 
@@ -1892,6 +1920,7 @@ def train(t):
             began, epoch, mode = time.perf_counter(), schedule.epoch(step), schedule.mode(step)
             loss = torch.zeros((), device=t.device)
             for n, (sequences, noise) in enumerate(batch := next(supply), 1):
+                t.pulse()
                 if n == len(batch):
                     optimizer.expect()
                 lesson = t.teacher.teach(sequences, teacher_mode) if cm.distill else None
@@ -1949,6 +1978,8 @@ def train(t):
                 log(f"member {member + 1:3d}/{c.members}  val {result.loss:.4f}  "
                     f"the {len(so_far)} members so far {-logp.mean():.4f}")
                 log.plot()
+    if team.index:
+        t.wait_for_teams(c.members)  # in case that another hangs: torchrun would not end it
 
 def finish(t, run):
     """Scores the final predictor, writes what the run leaves behind, prints the final table."""
@@ -1965,16 +1996,14 @@ def finish(t, run):
     if not log.main:
         return
     scores = {split: score(data, split, c.seq_len, mixed[split]) for split in mixed}
-    schedules = [member_schedule(c, data.splits["train"], team, member) for member in range(c.members)]
-    steps = [min(s.steps, args.max_steps or s.steps) for s in schedules]
     totals = {f"{split}_{name}": getattr(scores[split], name) for split in scores for name in ("loss", "bpb")}
     r = {
         "track": args.track, "seed": args.seed, "config": dataclasses.asdict(c), **totals,
         "members": [{"checkpoint": m.checkpoint, "weight": m.weight, "val_loss": m.val_loss}
                     for m in members],
         "parameters": t.model.parameter_count(),
-        "tokens_seen": sum(n * s.c.batch_tokens for n, s in zip(steps, schedules)),
-        "training_flops": sum(s.training_flops(data.vocab_size, n) for n, s in zip(steps, schedules)),
+        "tokens_seen": sum(s.end * s.c.batch_tokens for s in t.schedules),
+        "training_flops": sum(s.training_flops(data.vocab_size) for s in t.schedules),
         "train_seconds": t.progress["train_seconds"], "wall_seconds": t.wall_seconds(),
         "gpu_seconds": t.progress["train_seconds"] * dist.get_world_size(),
         **{name: run[name] for name in ("machine", "data")}, "source_sha256": SOURCE_SHA256,
@@ -1986,12 +2015,12 @@ def finish(t, run):
     dataset = TRACKS[args.track].get("dataset", Config.dataset)
     r["violations"] = [reason for reason, broken in {
         f"{field} {r[field]:.4g} is over the track's cap of {cap:.4g}": r[field] > cap,
-        "stopped early by --max-steps": steps < [s.steps for s in schedules],
+        "stopped early by --max-steps": any(s.end < s.steps for s in t.schedules),
         f"trained on {data.name}, not on the track's {dataset}": data.name != dataset,
         "train_gpt.py was edited while it ran": run["edited"],
     }.items() if broken]
     r["complete"] = True
-    log.metric("final", step=steps[-1], **totals)
+    log.metric("final", step=t.schedules[-1].end, **totals)
     log.plot(final=r["val_loss"])
     documents = {f"{split}_{name}": values for split in scores
                  for name, values in scores[split].documents.items()}
@@ -2035,93 +2064,10 @@ def score_again(args, device, team):
                   f"checkpoint(s), mixed by {args.mix or c.mix}{said}")
 
 
-# ---- The plan ----------------------------------------------------------------------------------------------
-
-def activation_bytes(c, vocab_size, mode, args, dtype, kernel):
-    """Bytes that a micro-batch's forward pass keeps for its backward, counted on the meta device."""
-    ATTENTION["meta"], kept = ATTENTION[kernel], {}
-    model = make_model(c, vocab_size, "meta", dtype)
-    model.checkpointing = args.checkpointing
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other storage gets its address
-        return tensor
-
-    sequences = torch.zeros(args.device_batch, c.seq_len + 1, dtype=torch.int64, device="meta")
-    noise = Noise(*(part.to("meta") for part in draw_noise(c, 0, range(args.device_batch), dtype)))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.loss(sequences, mode, noise, c.batch_sequences)
-    return sum(storage.nbytes() for storage in kept.values())
-
-def matmul_peak():
-    """FLOP/s of this machine's 2048^3 bfloat16 product, the best of some."""
-    a, times = torch.randn(2048, 2048, dtype=torch.bfloat16), []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-    return 2 * 2048 ** 3 / min(times)
-
-def print_plan(c, args, dtype):
-    """--plan: parameters, memory, time, money and disk of a run, reckoned without running it."""
-    vocab_size, tokens, kernel = DATASETS.get(c.dataset) or fail(f"--plan knows {', '.join(DATASETS)}")
-    ranks = args.ranks or (1 if kernel == "cpu" else 8)
-    dtype = dtype if kernel == "cpu" else torch.bfloat16
-    team_size = args.ranks_per_member or ranks
-    team = Team(0, ranks // team_size, 0, team_size, None, None)
-    check_batch(c, args, team_size)
-    split = range(tokens - c.fitness_tokens)
-    schedules = [member_schedule(c, split, team, member) for member in range(c.members)]
-    model = make_model(c, vocab_size, "meta", dtype)
-    bytes_of = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
-    parts = {"embedding": [model.embed], "head": [model.head], "blocks": list(model.blocks.parameters())}
-    named = {id(p) for part in parts.values() for p in part}
-    parts["the rest"] = [p for p in model.parameters() if id(p) not in named]
-    weights, count = bytes_of(model.parameters()), model.parameter_count()
-    # What is kept for backward is what the compiler's partition of the graphs keeps.
-    setup_compile(True, torch.device("meta"), "aot_eager_decomp_partition")
-    warnings.simplefilter("ignore")
-    modes = {s.mode(step) for s in schedules for step in range(s.steps)}
-    # Muon has one moment, AdamW two, the running average is float32; each rank holds its share of them.
-    moments = sum(bytes_of([p]) * (1 if row.optimizer == "muon" else 2) for _, p, row in match_rows(model, c))
-    share = (moments + 4 * count * (c.average_kind != "probs")) / team_size
-    activations = max(activation_bytes(c, vocab_size, mode, args, dtype, kernel) for mode in modes)
-    memory = {"weights": weights, "gradients": weights, "optimizer": share, "activations": activations,
-              "head's gradient": 3 * bytes_of([model.head]), "teacher": 2 * count * (c.distill > 0)}
-    flops = sum(s.training_flops(vocab_size) for s in schedules)
-    peak = matmul_peak() if kernel == "cpu" else 989e12
-    hours = flops / (args.mfu * peak * ranks) / 3600
-    kept = c.average if c.members == 1 and c.average_kind == "probs" else c.members
-    field, cap = CAPS.get(args.track, ("training_flops", math.inf))
-    seconds = 3600 * hours
-    used = {"training_flops": flops, "train_seconds": seconds, "gpu_seconds": seconds * ranks}[field]
-    gib = lambda size: f"{size / 2 ** 30:,.2f} GiB"
-    one = schedules[-1]
-    print("\n".join(f"{name:<12} {text}" for name, text in [
-        ("parameters", f"{count:,}: " + ", ".join(f"{name} {sum(p.numel() for p in part):,}"
-                                                 for name, part in parts.items())),
-        *(("FLOPs/token", f"{flops_per_token(c, vocab_size, mode):.4g} in training with {mode}")
-          for mode in sorted(modes)),
-        ("a member", f"{one.c.epochs} epochs of {one.per_epoch * c.seq_len:,} tokens, {one.steps:,} steps of "
-                     f"{one.c.batch_tokens:,}"),
-        ("in all", f"{c.members} member(s), {team.teams} side by side, {flops:.4g} training FLOPs"),
-        ("memory", f"{gib(sum(memory.values()))} per rank of {ranks}, device batch {args.device_batch}: " +
-                   ", ".join(f"{name} {gib(size)}" for name, size in memory.items() if size)),
-        ("time", f"{hours:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank"),
-        ("price", f"${hours * ranks * args.price:,.2f} at ${args.price:g} per hour of a rank"),
-        ("disk", f"{gib(kept * 2 * count)} of checkpoints, "
-                 f"{gib(2 * (weights + share * team_size))} of states"),
-        ("cap", f"{field} {used:.3g} of {cap:.3g}: {'holds' if used <= cap else 'DOES NOT HOLD'}"),
-    ]))
-
-
 # ---- main --------------------------------------------------------------------------------------------------
 
-def parse_args(argv):
-    """-> (the Config: defaults, then the track's row, then --config, then flags; all of the command line)."""
+def make_parser():
+    """The command line: what a run does, and every field of Config."""
     layout, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see ./run.sh --help and ./run.sh nano --help")
@@ -2143,10 +2089,6 @@ def parse_args(argv):
     add("--max-steps", type=int, metavar="N", help="stop each member early; the run is no record")
     add("--eval", metavar="RUN", help="score a run again, from its checkpoints so far; --mix may differ")
     add("--split", metavar="NAME", help="what --eval scores: val, audit or a token file (default val, audit)")
-    add("--plan", action="store_true", help="only say what it would take, on --ranks at --mfu for --price")
-    add("--ranks", type=int, metavar="N", help="GPUs of the plan (default 8; 1 process for nano)")
-    add("--mfu", type=float, default=0.42, help="share of the peak (default 0.42, as the records had)")
-    add("--price", type=float, default=3.0, help="dollars per GPU hour (default 3)")
     add("--wandb", nargs="?", const="slowrun", metavar="PROJECT", help="log to Weights & Biases, offline too")
     group = parser.add_argument_group("fields of the configuration (defaults are the limited track's)")
     for field in dataclasses.fields(Config):
@@ -2154,11 +2096,15 @@ def parse_args(argv):
         kind = {"action": switch} if field.type is bool else {"type": field.type, "metavar": allowed or "X"}
         group.add_argument("--" + field.name.replace("_", "-"), **kind, default=None,
                            help=f"{text} (default {field.default})".replace("%", "%%"))
-    args = parser.parse_args(argv)
+    return parser
+
+def parse_args(argv=None, parser=None):
+    """-> (the Config: defaults, then the track's row, then --config, then flags; all of the command line)."""
+    args = (parser or make_parser()).parse_args(argv)
     if args.track not in TRACKS:
         fail(f"there is no track {args.track}; the tracks are {', '.join(TRACKS)}")
     for name, low in (("seed", 0), ("device_batch", 1), ("ranks_per_member", 1), ("max_steps", 1),
-                      ("save_every", 0), ("timeout", 0), ("ranks", 1)):
+                      ("save_every", 0), ("timeout", 0)):
         if (value := getattr(args, name)) is not None and value < low:
             fail(f"--{name.replace('_', '-')} {value} is out of range: {low} or more")
     if args.run_name and not re.fullmatch(r"[\w.+=-]+", args.run_name):
@@ -2249,8 +2195,6 @@ def check_batch(c, args, ranks):
 def main(stop, argv=None):
     c, args = parse_args(argv)
     device, device_name, dtype, reason = pick_device(args)
-    if args.plan:
-        return print_plan(c, args, dtype)
     compiled = setup_compile(args.compile, device)
     if device.type == "cpu":
         keep_heap()

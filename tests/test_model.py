@@ -924,8 +924,8 @@ def test_after_the_warm_up_nothing_compiles(counted, track, depths):
         train_gpt.initialise(model, c, 42)
         teacher, args = train_gpt.make_teacher(model), Namespace(device_batch=2)
         schedules = {link: train_gpt.Schedule(c.member(link, 99), 997) for link in (0, c.distill_from)}
-        training = dict(c=c, args=args, device=device, dtype=torch.float32, schedules=schedules)
-        train_gpt.Training.warm_up(Namespace(**training, model=model, teacher=teacher))
+        training = dict(c=c, args=args, device=device, dtype=torch.float32, model=model, teacher=teacher)
+        train_gpt.Training.warm_up(Namespace(**training, schedules=schedules, own=schedules))
         numbers.append(len(graphs))
         with torch.compiler.set_stance("fail_on_recompile"):
             sequences, noise, last = make_tokens(2, T + 1, seed=3), make_noise(model, 2), modes_of(c)[-1]

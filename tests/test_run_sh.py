@@ -141,10 +141,17 @@ def test_track_and_its_data(project, track):
         (project / "calls.log").unlink()
 
 
-@pytest.mark.parametrize("flags", ["--data x", "--data=x", "--eval x", "--eval=x", "--plan", "--seed 3 -h"])
+@pytest.mark.parametrize("flags", ["--data x", "--data=x", "--eval x", "--eval=x", "--seed 3 -h"])
 def test_no_data_built_where_none_is_needed(project, flags):
     assert run(project, "nano", *flags.split())[0] == 0
     assert calls(project) == [f"train_gpt.py --track nano {flags}"]
+
+
+@pytest.mark.parametrize("arguments", ["nano --plan --ranks 4", "nano --ranks 4 --plan", "--plan --ranks 4"])
+def test_plan_is_neither_launched_nor_needs_data(project, arguments):
+    assert run(project, *arguments.split())[0] == 0
+    assert calls(project) == ["plan.py --track nano --ranks 4"]
+    assert not any(name.startswith("PET_") for name in environment(project))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--seed", "3"]])
@@ -320,7 +327,10 @@ KILLED_TWICE = """
 import os, pathlib, signal, sys, time
 with open('starts' + os.environ['RANK'], 'a') as starts:
     starts.write('x')
-if os.environ['RANK'] == '1' and int(os.environ['TORCHELASTIC_RESTART_COUNT']) < 2:
+restarts, other = int(os.environ['TORCHELASTIC_RESTART_COUNT']), pathlib.Path('starts0')
+if os.environ['RANK'] == '1' and restarts < 2:
+    while not other.exists() or len(other.read_text()) <= restarts:
+        time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(1)
 """

@@ -503,26 +503,3 @@ def test_early_members_are_scored_as_they_were_trained(run, project):  # noqa: F
         p = softmax(member_logits(folder, member["checkpoint"], sequences, last))
         otherwise = -np.log(target_probabilities(p, sequences)).mean()
         assert (abs(otherwise - member["val_loss"]) > 1e-5) == (member in members[:2])
-
-
-# ---- --plan --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("track, parameters, cap", [
-    ("nano", 3_932_478, "training_flops"),
-    ("limited", 1_443_722_775, "train_seconds"),
-    ("unlimited_snapshots", 1_870_172_811, "gpu_seconds"),
-])
-def test_plan(train, tmp_path, track, parameters, cap):  # noqa: F811
-    """In a clone without data, of which nothing is touched."""
-    folder = make_project(tmp_path / "clone")
-    before = sorted(folder.rglob("*"))
-    outcome = train(folder, "--track", track, "--plan")
-    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
-    assert sorted(folder.rglob("*")) == before
-    lines = dict(re.findall(r"^(\w[^ ]*(?: [^ ]+)?) {2,}(.*)$", outcome.stdout, re.M))
-    count, *parts = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines["parameters"]))
-    assert count == sum(parts) == parameters
-    total, *parts = (float(size) for size in re.findall(r"([\d,.]+) GiB", lines["memory"]))
-    assert total == pytest.approx(sum(parts), abs=0.006 * len(parts)) and total > 0
-    assert cap is None or re.fullmatch(rf"{cap} \S+ of \S+: (holds|DOES NOT HOLD)", lines["cap"])

@@ -1,0 +1,250 @@
+"""
+What a run would take, without training it: parameters, FLOPs, steps, memory, hours, money, disk, and whether
+the track's cap holds. It is what one runs before renting a node, and needs neither a GPU nor the data.
+
+    ./run.sh limited --plan                                      on 8 GPUs
+    ./run.sh limited --plan --device-batch 2 --checkpointing     on smaller ones
+    ./run.sh unlimited --plan --ranks 64 --mfu 0.4 --price 2.5
+    python plan.py --track limited --config records/published/limited_07.json
+
+It takes all flags of train_gpt.py, which say what the run is. Memory is the most that the tensors of a rank
+hold at once in a training step; of a GPU what torch.cuda.max_memory_allocated says. To find it, the step of
+train_gpt.py is run on fake tensors, which have shapes and no values. Its parts at that moment: weights,
+gradients, the optimizer's state and the teacher, which stay; activations, all that the forward pass has made;
+temporaries, what backward pass and optimizer have. CUDA, NCCL and the allocator's fragments come on top.
+"""
+import functools
+import itertools
+import math
+import resource
+import sys
+import time
+import warnings
+import weakref
+from collections import Counter
+from unittest import mock
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import select_decomp_table
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_gpt
+from train_gpt import (ATTENTION, CAPS, Mode, Noise, Optimizer, Team, check_batch, draw_noise, fail,
+                       flops_per_token, make_model, make_parser, make_teacher, member_schedule, parse_args,
+                       pick_device, setup_compile)
+
+# Vocabulary, training tokens and machine, for plans that are made before there is the data.
+DATASETS = {"nano": (4096, 1_000_000, "cpu"), "fineweb100M": (50257, 100_000_000, "cuda")}
+
+
+# ---- Memory ------------------------------------------------------------------------------------------------
+
+def nbytes(tree):
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+class LiveBytes(TorchDispatchMode):
+    """
+    Counts the bytes of live storages, by the `phase` in which they were made; `peak` is that of the largest
+    sum. While it is `fused`, what is made goes from register to register and has no memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.live, self.peak, self.phase, self.fused = set(), Counter(), Counter(), "start", False
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True  # or torch.compile would not compile while somebody looks
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor.untyped_storage())
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+        return out
+
+    def see(self, storage):
+        if (key := storage._cdata) not in self.known:
+            size = 0 if self.fused else storage.nbytes()
+            self.known.add(key)
+            self.live[self.phase] += size
+            weakref.finalize(storage, self.forget, key, self.phase, size)
+
+    def forget(self, key, phase, size):
+        self.known.remove(key)
+        self.live[phase] -= size
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
+VIEWS = {aten.view.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default,
+         aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.unbind.int,
+         aten.split.Tensor}
+
+class Compiled(fx.Interpreter):
+    """A compiled region as inductor's kernels run it: products, what they read, and results have memory."""
+
+    def __init__(self, graph, live, kernel):
+        super().__init__(graph)
+        self.tracker, self.on_cpu = live, kernel == "cpu"
+        self.stored = {node for node in self.graph.nodes if self.is_stored(node)}
+        ends = self.user_to_last_uses  # {node: those that are freed after it}
+        reader = {node: last for last, nodes in ends.items() for node in nodes}
+        for node in self.graph.nodes:
+            if node in ends and node in reader and node not in self.stored:  # is computed when it is read
+                ends[reader[node]] += ends.pop(node)
+
+    def is_stored(self, node):
+        readers = {user.target for user in node.users}
+        # A row that is summed and then used again is read twice; the CPU's kernels don't compute it twice.
+        twice = self.on_cpu and len(readers) > 1 and aten.sum.dim_IntList in readers
+        return twice or node.target in PRODUCTS or any(
+            user.op == "output" or user.target in PRODUCTS or user.target in VIEWS and self.is_stored(user)
+            for user in node.users)
+
+    def run_node(self, node):
+        self.tracker.fused = node not in self.stored
+        try:
+            return super().run_node(node)
+        finally:
+            self.tracker.fused = False
+
+def compiler(live, kernel):
+    """A backend of torch.compile: inductor's choice of what is kept for the backward pass, but no code."""
+
+    def compile_graph(graph, _):
+        region = Compiled(graph, live, kernel)
+
+        def call(inputs):
+            results = region.boxed_run(inputs)
+            region.env = {}  # frees what nobody has read
+            return results
+
+        call._boxed_call = True  # takes a list, and frees what is in it after its last use
+        return call
+
+    partition = functools.partial(min_cut_rematerialization_partition, compiler="inductor")
+    return aot_autograd(fw_compiler=compile_graph, partition_fn=partition, decompositions=select_decomp_table)
+
+class NoNetwork:
+    """In place of torch.distributed: it has every function, and each returns it again."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self
+
+def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
+    """{part: bytes} when a step holds most, for variants (*mode, targets ahead, is there a teacher)."""
+    exceeds = lambda a, b: a != b and all(x >= y for x, y in zip(a, b))
+    worst = [v for v in sorted(variants) if not any(exceeds(other, v) for other in variants)]
+    live, fake, rows = LiveBytes(), FakeTensorMode(), train_gpt.chunk_rows
+    setup_compile(args.compile, torch.device("meta"), compiler(live, kernel))
+    model = make_model(c, vocab_size, "meta", dtype)
+    model.checkpointing = args.checkpointing
+    teacher = make_teacher(model) if c.distill else None
+    noise = Noise(*map(fake.from_tensor, draw_noise(c, 0, range(args.device_batch), dtype)))
+    with (
+        mock.patch.dict(ATTENTION, cpu=ATTENTION[kernel]),
+        mock.patch.multiple(train_gpt, dist=NoNetwork(), DeviceMesh=NoNetwork(),
+                            chunk_rows=lambda vocab_size, _: rows(vocab_size, torch.device(kernel))),
+        fake, live,
+    ):
+        for module in itertools.chain(model.modules(), teacher.modules() if teacher else ()):
+            for name, p in module.named_parameters(recurse=False):
+                fresh = torch.empty(p.shape, dtype=p.dtype)
+                setattr(module, name, nn.Parameter(fresh, requires_grad=p.requires_grad))
+        optimizer = Optimizer(model, c, dtype, team)
+        for *mode, ahead, taught in 2 * worst:  # a second step meets what the first has left
+            mode, live.phase = Mode(*mode), "forward"
+            sequences = torch.zeros(args.device_batch, c.seq_len + 1, dtype=torch.int64)
+            lesson = teacher.teach(sequences, mode) if taught else None
+            total, _ = model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)
+            live.phase = "backward"
+            total.backward()
+            optimizer.step(1.0, 1.0, 0.95, 1, float(c.average_kind != "probs"))
+        groups = optimizer.groups
+    memory = {"weights": nbytes([group.values for group in groups]),
+              "gradients": nbytes([group.grads for group in groups]),
+              "optimizer": nbytes([[group.state for group in groups], optimizer.inner_states()]),
+              "teacher": nbytes(list(teacher.parameters())) if teacher else 0,
+              "activations": live.peak["forward"]}
+    return memory | {"temporaries": live.peak.total() - sum(memory.values())}
+
+
+# ---- The plan ----------------------------------------------------------------------------------------------
+
+def matmul_peak():
+    """FLOP/s of this machine's 2048^3 bfloat16 product, the best of some."""
+    a, times = torch.randn(2048, 2048, dtype=torch.bfloat16), []
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 2048 ** 3 / min(times)
+
+def main(argv=None):
+    parser = make_parser()
+    parser.description = __doc__
+    add = parser.add_argument_group("the machine").add_argument
+    add("--ranks", type=int, metavar="N", help="GPUs, or processes of a CPU (default 8 GPUs, 1 process)")
+    add("--mfu", type=float, default=0.42, help="the share of the peak that training reaches (default 0.42)")
+    add("--price", type=float, default=3.0, help="dollars per hour of a GPU (default 3)")
+    c, args = parse_args(argv, parser)
+    vocab_size, tokens, kernel = DATASETS.get(c.dataset) or fail(f"a plan knows {', '.join(DATASETS)}")
+    ranks = (1 if kernel == "cpu" else 8) if args.ranks is None else args.ranks
+    team_size = args.ranks_per_member or ranks
+    if ranks < 1:
+        fail(f"--ranks {ranks} is out of range: 1 or more")
+    if ranks % team_size:
+        fail(f"--ranks-per-member {team_size} does not divide {ranks} ranks")
+    if not 0 < args.mfu <= 1:
+        fail(f"--mfu {args.mfu:g} is out of range: more than 0, up to 1")
+    team = Team(0, ranks // team_size, 0, team_size, None, None)
+    check_batch(c, args, team_size)
+    dtype = pick_device(args)[2] if kernel == "cpu" else torch.bfloat16
+    split = range(tokens - c.fitness_tokens)
+    schedules = [member_schedule(c, split, team, member, args.max_steps) for member in range(c.members)]
+    members, distinct = Counter(s.c for s in schedules), {s.c: s for s in schedules}
+    variants = {(*s.mode(step), len(s.ahead(step)), s.c.distill > 0)
+                for s in distinct.values() for step in range(s.end)}
+    warnings.simplefilter("ignore")
+    memory = step_memory(c, args, vocab_size, dtype, kernel, team, variants)
+    model = make_model(c, vocab_size, "meta", dtype)
+    parts, count = Counter(), model.parameter_count()
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        parts[part if part in ("embed", "head", "blocks") else "the rest"] += p.numel()
+    flops = sum(members[cm] * s.training_flops(vocab_size) for cm, s in distinct.items())
+    peak = matmul_peak() / ranks if kernel == "cpu" else 989e12  # of this CPU's share, or of an H100
+    seconds = flops / (args.mfu * peak * ranks)
+    kept = c.average if c.members == 1 and c.average_kind == "probs" else c.members
+    state = memory["weights"] + team_size * memory["optimizer"]
+    field, cap = CAPS.get(args.track, ("training_flops", math.inf))
+    used = {"training_flops": flops, "train_seconds": seconds, "gpu_seconds": seconds * ranks}[field]
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    one, size = schedules[-1], lambda count: f"{count / 2 ** 30:,.3f} GiB"
+    print("\n".join(f"{name:<12} {text}" for name, text in [
+        ("parameters", f"{count:,}: " + ", ".join(f"{name} {n:,}" for name, n in parts.items())),
+        *(("FLOPs/token", f"{flops_per_token(c, vocab_size, mode):.4g} in training with {mode}")
+          for mode in sorted({Mode(*mode) for *mode, _, _ in variants})),
+        ("a member", f"{one.c.epochs} epochs of {one.per_epoch * c.seq_len:,} tokens, {one.end:,} steps of "
+                     f"{one.c.batch_tokens:,}"),
+        ("in all", f"{c.members} member(s), {team.teams} side by side, {flops:.4g} training FLOPs"),
+        ("memory", f"{size(sum(memory.values()))} per rank of {ranks}, device batch {args.device_batch}: " +
+                   ", ".join(f"{name} {size(held)}" for name, held in memory.items() if held)),
+        *[("process", f"{size(process)} or more on top for Python, torch and its compiler, as here, "
+                      f"what the allocator wastes, and {size(memory['weights'] + memory['optimizer'])} while "
+                      f"a state is saved")] * (kernel == "cpu"),
+        ("time", f"{seconds / 3600:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank"),
+        ("price", f"${seconds / 3600 * ranks * args.price:,.2f} at ${args.price:g} per hour of a rank"),
+        ("disk", f"{size(kept * dtype.itemsize * count)} of checkpoints, {size(2 * state)} of states"),
+        ("cap", f"{field} {used:.3g} of {cap:.3g}: {'holds' if used <= cap else 'DOES NOT HOLD'}"),
+    ]))
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""plan.py: what it prints, what it refuses, and whether its memory is what a run measures.
+
+Measured is what torch's profiler sees real runs of train_gpt.py allocate and free on the CPU.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_run import ENVIRONMENT, ROOT, make_dataset, make_project, run_sh
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """It has no data: a plan needs none."""
+    folder = make_project(tmp_path_factory.mktemp("plan") / "a clone")
+    shutil.copy(ROOT / "plan.py", folder)
+    return folder
+
+
+@pytest.mark.parametrize("command, parameters, cap, gib", [
+    ("nano", 3_932_478, "training_flops", 1),
+    ("unlimited_snapshots --ranks 64 --ranks-per-member 8 --n-layer 2 --replay 1-1 --no-compile", None,
+     "gpu_seconds", 40),
+    # An H100 has 79.6 GiB, an RTX 4090 24.0; 2.5 of them are for CUDA and NCCL.
+    ("limited --device-batch 8", 1_443_722_775, "train_seconds", 77),
+    ("limited --device-batch 1 --checkpointing", 1_443_722_775, "train_seconds", 21.5),
+])
+def test_plan(clone, command, parameters, cap, gib):
+    before = sorted(clone.rglob("*"))
+    outcome = run_sh(clone, *command.split(), "--plan", PYTHONDONTWRITEBYTECODE="1")
+    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
+    assert sorted(clone.rglob("*")) == before
+    lines = dict(re.findall(r"^(\w[^ ]*(?: [^ ]+)?) {2,}(.*)$", outcome.stdout, re.M))
+    count, *parts = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines["parameters"]))
+    assert count == sum(parts) and parameters in (None, count)
+    total, *parts = (float(size) for size in re.findall(r"([\d,.]+) GiB", lines["memory"]))
+    assert total == pytest.approx(sum(parts), abs=0.0006 * len(parts)) and 0 < total < gib
+    assert re.fullmatch(rf"{cap} \S+ of \S+: (holds|DOES NOT HOLD)", lines["cap"])
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--ranks 0", "--ranks 0"),
+    ("--ranks 8 --ranks-per-member 3", "--ranks-per-member 3"),
+    ("--ranks 7", "7 ranks can't share"),
+    ("--mfu 0", "--mfu 0"),
+    ("--dataset another", "nano, fineweb100M"),
+    ("--device-batch 7", "--device-batch 7"),
+])
+def test_refused(clone, flags, said):
+    outcome = run_sh(clone, "limited", "--plan", *flags.split())
+    assert outcome.codes == [2] and outcome.stdout == ""
+    assert re.fullmatch(r"error: .*\n", outcome.stderr) and said in outcome.stderr
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+# Each case is forked from a process that has imported torch once. Saving a state is no part of a step.
+MEASURE = """
+import contextlib, json, os, re, sys, io
+from pathlib import Path
+from types import SimpleNamespace
+from torch.profiler import ProfilerActivity, profile
+import torch, plan, train_gpt
+
+torch.set_num_threads(1)
+train_gpt.ROOT, train_gpt.Keeper.save = Path.cwd(), lambda *_: None
+train_gpt.RunLog.plot = lambda *_, **__: None
+
+def measured(flags):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        train_gpt.main(SimpleNamespace(name=None), flags)
+    recorded.export_chrome_trace("trace.json")
+    events = json.loads(Path("trace.json").read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
+
+def planned(flags):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        plan.main(flags)
+    return float(re.search(r"^memory +([\\d.]+) GiB", output.getvalue(), re.M)[1]) * 2 ** 30
+
+for flags in json.loads(sys.argv[1]):
+    for function in measured, planned:
+        if not (child := os.fork()):
+            result = function(flags)
+            with open("results", "a") as file:
+                print(function.__name__, result, file=file)
+            os._exit(0)
+        os.waitpid(child, 0)
+"""
+SMALL = "--seq-len 256 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 64 --max-steps 2"
+REPLAY = "--replay 1-1 --replay-from 1"
+CASES = {
+    "checkpointing": f"--track nano {SMALL} {REPLAY} --device-batch 8 --checkpointing --no-compile",
+    "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --device-batch 8 --members 2 --average-kind blend
+        --no-compile""",
+    "head MTP, AdamW": f"""--track tiny --dataset nano {SMALL} --device-batch 4 --optimizer adamw
+        --average-kind ema --no-compile""",
+    "compiled": f"--track nano {SMALL} {REPLAY} --device-batch 16",
+}
+
+
+def test_memory_is_what_runs_measure(tmp_path):
+    make_dataset(tmp_path / "data/nano", "nano", train=60_000, val=600, audit=600)
+    manifest = tmp_path / "data/nano/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"vocab_size": 4096}))
+    cases = json.dumps([shlex.split(flags) for flags in CASES.values()])
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", MEASURE, cases], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    rows = [line.split() for line in (tmp_path / "results").read_text().splitlines()]
+    assert [name for name, _ in rows] == ["measured", "planned"] * len(CASES), done.stderr
+    found = {case: float(planned) / float(measured) for case, (_, measured), (_, planned)
+             in zip(CASES, rows[::2], rows[1::2])}
+    assert all(abs(ratio - 1) < 0.15 for ratio in found.values()), found
