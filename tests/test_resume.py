@@ -62,6 +62,7 @@ PLACES = {
     "log.txt": 'head = f"source train_gpt.py',
     "the first step": "gc.freeze()",
     "a member's start": "stream = Stream(",
+    "a micro-batch": "if n == len(batch):",
     "member {member} step {step + 1}": "squares = optimizer.step(",
     "a state's progress": 'write_json(temporary / "progress.json"',
     "a state's last name": "temporary.rename(",
@@ -79,11 +80,16 @@ PLACES = {
 }
 DIE = '''
 def die(place, visits={}):
-    """Sends itself the signal DIE_BY when it comes to the place DIE for the DIE_AT-th time, on DIE_RANKS."""
+    """
+    Sends itself the signal DIE_BY when it comes to the place DIE for the DIE_AT-th time, on DIE_RANKS; rests
+    there whenever it comes to the place REST.
+    """
     visits[place], want = visits.get(place, 0) + 1, os.environ.get
-    if (want("DIE"), want("DIE_AT", "1")) == (place, str(visits[place])):
-        if want("RANK", "0") in want("DIE_RANKS", "0123"):
+    if want("RANK", "0") in want("DIE_RANKS", "0123"):
+        if (want("DIE"), want("DIE_AT", "1")) == (place, str(visits[place])):
             os.kill(os.getpid(), int(want("DIE_BY", signal.SIGKILL)))
+        if want("REST") == place:
+            time.sleep(0.4)
 
 ROOT = '''
 
@@ -562,6 +568,7 @@ def test_read_only_disk(small_disk, train, ranks):  # noqa: F811
     ("--resume stopped --ranks-per-member 1", 2, "teams was 1, is 2"),
     ("--resume nothing", 1, "no unfinished run to resume (nothing)"),
     ("--resume unbroken1", 1, "is complete"),
+    ("--run-name crowd --ranks-per-member 1", 2, "2 teams"),
     ("--resume --track limited", 1, "limited has no unfinished run to resume"),
 ])
 def test_refused(unbroken, stopped_once, train, mortal, flags, ranks, said):  # noqa: F811
@@ -623,3 +630,36 @@ def test_a_rank_that_hangs_ends_the_run(begin):
     outcome = started.end()
     assert outcome.codes == [4, -signal.SIGKILL] and outcome.stderr == "", outcome
     assert states(started.run)
+
+
+LONE = ["--ranks-per-member", 1, *TEAMS[2:]]  # teams of one rank, which no collective tells of each other
+
+
+@pytest.mark.parametrize("hung, at, epochs", [
+    (0, "member 0 step 3", 99), (0, "member 2 step 3", 1), (1, "member 3 step 3", 1)])
+def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
+    """Whether the other trains or waits for members."""
+    name = f"lone{at[7]}"
+    started = begin(name, *RUN, *LONE, "--epochs", epochs, "--run-name", name, "--timeout", 0.05, ranks=2,
+                    DIE=at, DIE_BY=signal.SIGSTOP, DIE_RANKS=hung)
+    try:
+        wait_for(lambda: not running(started.pids[1 - hung]))
+    finally:
+        os.kill(started.pids[hung], signal.SIGKILL)
+    outcome = started.end()
+    assert outcome.codes[1 - hung] == 4 and outcome.stderr == "", outcome
+    log = started.run / f"log{'_1' * (hung == 0)}.txt"
+    assert count(log, f"\nteam {hung} of 2 does not answer\n") == 1
+
+
+def test_a_team_that_is_slow_does_not(begin):
+    """The other waits twice as long as --timeout, and even a step takes longer; but no micro-batch does."""
+    flags = f"--run-name slow --timeout 0.1 --device-batch 1 --batch-tokens {39 * T}".split()
+    started = begin("slow", *RUN, *LONE, *flags, ranks=2, REST="a micro-batch", DIE_RANKS=1)
+    wait_for(lambda: (started.run / "checkpoints/member_0000.json").exists() or started.done())
+    time.sleep(13)
+    for pid in started.pids:
+        os.kill(pid, signal.SIGKILL)
+    assert started.end().codes == [-signal.SIGKILL] * 2
+    assert not (started.run / "checkpoints/member_0001.json").exists()
+    assert count(started.run / "log.txt", "\nteam 1 of 2 does not answer\n") == 0
