@@ -2077,7 +2077,7 @@ def make_parser():
     add("--seed", type=int, help="of initialisation, data order and dropout (default 42)")
     add("--run-name", help="the folder under runs/ (default: track, date, time and seed)")
     add("--data", metavar="DIR", help="the dataset's folder (default: data/ and the name of the dataset)")
-    add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (16k tokens)")
+    add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (default: fits 80 GB)")
     add("--ranks-per-member", type=int, metavar="N", help="ranks that train a member together (default all)")
     add("--checkpointing", action=switch, default=False, help="save memory: compute blocks twice")
     add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 if in hardware)")
@@ -2186,7 +2186,9 @@ def check_batch(c, args, ranks):
     for sequences in sizes:
         if sequences % ranks:
             fail(f"--batch-tokens {sequences * c.seq_len}: {ranks} ranks can't share {sequences} sequences")
-    share, most = math.gcd(*sizes) // ranks, max(1, 16384 // c.seq_len)
+    # A token's activations grow with the layers that are run and their width; so every track fits 80 GB.
+    share, width = math.gcd(*sizes) // ranks, c.n_embd * len(c.layer_order(True))
+    most = max(1, min(2 ** 14, 2 ** 30 // width) // c.seq_len)
     if args.device_batch is None:
         args.device_batch = max(b for b in range(1, share + 1) if share % b == 0 and b <= most)
     if share % args.device_batch:
