@@ -2077,7 +2077,7 @@ def make_parser():
     add("--seed", type=int, help="of initialisation, data order and dropout (default 42)")
     add("--run-name", help="the folder under runs/ (default: track, date, time and seed)")
     add("--data", metavar="DIR", help="the dataset's folder (default: data/ and the name of the dataset)")
-    add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (default: fits 80 GB)")
+    add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (fits 80 GB)")
     add("--ranks-per-member", type=int, metavar="N", help="ranks that train a member together (default all)")
     add("--checkpointing", action=switch, default=False, help="save memory: compute blocks twice")
     add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 if in hardware)")
