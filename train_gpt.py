@@ -145,7 +145,7 @@ class Config:
     keep_final: float = 0.7           # [0, 1] blend: share of the last weights; the rest is an EMA
     # the ensemble
     members: int = 1                  # [1, 9999] models, trained one after another and mixed
-    first_epochs: int = 0             # [0, 10000] epochs of members that have no teacher; 0: as the others
+    first_epochs: int = 0             # [0, 9999] epochs of members that have no teacher; 0: as the others
     drop_first: bool = False          # the first member only teaches
     distill: float = 0.0              # [0, 0.99] alpha: the teacher's share in the loss
     temperature: float = 1.0          # [1, 100] at which teacher and student are compared
