@@ -208,7 +208,8 @@ set_up >&2
 case $command in
     data) cd "$caller" && exec "$venv_python" "$root/data/prepare.py" "$@" ;;
     test)
-        (($#)) || set -- -n 2 --dist loadfile tests # two files at a time
+        # Two files at a time, the longest first.
+        (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_resume.py tests
         exec "$venv_python" -m pytest "$@"
         ;;
     *)

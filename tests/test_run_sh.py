@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = "nano smoke nano_unlimited tiny limited two_hour unlimited unlimited_snapshots".split()
+SUITE = "-n 2 --dist loadfile --no-loadscope-reorder tests/test_resume.py tests"  # what `./run.sh test` runs
 OURS = ("PET_", "TORCHELASTIC_", "CUDA_VISIBLE_DEVICES", "NPROC", "OMP_NUM_THREADS", "PYTHON", "CDPATH")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
 
@@ -168,9 +169,9 @@ def test_data_and_test_commands(project):
     assert calls(project) == [
         "data/prepare.py fineweb100M --tokens 5",
         "data/prepare.py nano",
-        "-m pytest -n 2 --dist loadfile tests",
+        f"-m pytest {SUITE}",
         "-m pytest tests/test_x.py -x",
-        "-m pytest -n 2 --dist loadfile tests",
+        f"-m pytest {SUITE}",
     ]
 
 
@@ -240,7 +241,7 @@ def test_two_starts_at_once_install_once(folder):
     for process in second, first:
         process.communicate(timeout=60)
         assert process.returncode == 0
-    assert calls(folder).count("-m pytest -n 2 --dist loadfile tests") == 2
+    assert calls(folder).count(f"-m pytest {SUITE}") == 2
     assert installations(folder) == 1
 
 

@@ -1338,13 +1338,14 @@ def test_batches_that_ranks_cannot_share_are_refused(capsys, world, device_batch
 @pytest.mark.parametrize(
     ("flags", "world", "expected"),
     [
-        ("--track limited", 1, 8),
-        ("--track limited", 8, 8),
+        ("--track limited", 1, 4),
+        ("--track limited", 8, 4),
         ("--seq-len 512 --batch-tokens 16384", 2, 16),
-        ("--seq-len 512 --batch-tokens 35840", 1, 14),  # 70 sequences, of which 32 would fit
+        ("--seq-len 512 --batch-tokens 35840", 1, 14),  # 70 sequences, of which 27 would fit
         ("--seq-len 65536 --batch-tokens 131072", 1, 1),
-        ("--track unlimited_snapshots", 8, 8),  # 32 sequences a rank, at the ends 24
-        ("--track unlimited_snapshots", 16, 4),  # 16 and 12
+        ("--track unlimited_snapshots", 8, 2),  # 32 sequences a rank, at the ends 24
+        ("--track unlimited_snapshots", 32, 2),  # 8 and 6
+        ("--track nano", 2, 8),
     ],
 )
 def test_the_default_device_batch_fits_and_divides(flags, world, expected):
