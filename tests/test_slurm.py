@@ -96,7 +96,7 @@ def comes_to(slurm, job, state, seconds=100):
 
 def test_a_requeued_job_goes_on(slurm, clone):
     """By hand; and when there are less than the five minutes left at which Slurm is to send SIGUSR1."""
-    flags = ["limited", *RUN, "--epochs", "60"]
+    flags = ["limited", *RUN, "--epochs", "160"]  # Slurm looks at time limits once in half a minute
     assert run_sh(clone, *flags, "--run-name", "unbroken", NPROC="2").codes == [0]
     job = slurm("sbatch", "--parsable", "cluster/slurm.sh", *flags, cwd=clone).strip()
     run = clone / f"runs/slurm_{job}"
@@ -107,7 +107,7 @@ def test_a_requeued_job_goes_on(slurm, clone):
         assert comes_to(slurm, job, "PENDING") == restarts
         assert not (run / "result.json").exists()
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
-    assert comes_to(slurm, job, "COMPLETED", seconds=300) == 2
+    assert comes_to(slurm, job, "COMPLETED", seconds=600) == 2
     assert_equal(run, clone / "runs/unbroken")
 
 
