@@ -2227,7 +2227,8 @@ def main(stop, argv=None):
     log(f"slowrun {args.track}, seed {args.seed}: {dist.get_world_size()} x {device_name}, "
         f"{str(dtype)[6:]} ({reason}), {compiled}, torch {torch.__version__}")
     log(f"python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}, "
-        f"{torch.get_num_threads()} threads per rank\ncommand {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}\n"
+        f"{torch.get_num_threads()} threads per rank\n"
+        f"command {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}\n"
         f"config {json.dumps(run['config'])}", console=False)
     if shutil.which("nvidia-smi"):
         log(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout, console=False)
