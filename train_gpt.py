@@ -120,6 +120,7 @@ class Config:
     stochastic_depth: float = 0.05    # [0, 0.9] chance to skip the last layer, down to 0 at the first (#15)
     weight_decay: float = 1.3         # [0, 100] of matrices, embedding and head
     wd_scale: float = 1.0             # [0, 100] multiplies it, as the model's size wants
+    wd_matrix: float = 1.0            # [0, 1000] multiplies that of the matrices, as their optimizer wants
     wd_schedule: str = "antiphase"    # antiphase to the lr (#20), constant, or epoch:multiplier ...
     # optimizer
     optimizer: str = "muon"           # of the matrices: muon, adamw, or package.module:Class
@@ -741,7 +742,8 @@ def param_table(c):
     normal = lambda std: lambda p, g: p.normal_(0, std, generator=g)
     constant = lambda value: lambda p, g: p.fill_(value)
     identity = lambda p, g: p.copy_(torch.eye(p.size(-1)))
-    matrix, adamw, fast = (c.optimizer, scaled(c.lr_matrix), (0.9, 0.95), decay), "adamw", (0.8, 0.95)
+    matrix = (c.optimizer, scaled(c.lr_matrix), (0.9, 0.95), decay * c.wd_matrix)
+    adamw, fast = "adamw", (0.8, 0.95)
     gate = matrix if c.gate_optimizer == "muon" else (adamw, scaled(c.lr_scalar), (0.9, 0.99), 0.0)
     last = normal(c.n_embd ** -0.5) if c.out_init == "normal" else constant(0.0)
     return [

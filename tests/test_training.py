@@ -349,7 +349,7 @@ TINY_SMALL = train_gpt.TRACKS["tiny"] | SMALL
         (TINY_SMALL, TINY_ROWS),
         (SMALL | dict(values="table"), LIMITED_ROWS | {"value_tables": LIMITED_ROWS["embed"]}),
         (SMALL | dict(optimizer="adamw"), LIMITED_ROWS | {"matrix": ("adamw", 0.01, (0.9, 0.95), 1.3)}),
-        (SMALL | SGD, LIMITED_ROWS | {"matrix": ("sgd", 0.01, None, 1.3)}),
+        (SMALL | SGD | dict(wd_matrix=2.0), LIMITED_ROWS | {"matrix": ("sgd", 0.01, None, 2.6)}),
         (SMALL | dict(wd_scale=0.5, lr_scale=0.125, lr_mixing=0.01),
          {kind: (name, lr / 2, betas, decay / 2) for kind, (name, lr, betas, decay) in LIMITED_ROWS.items()}),
     ],
