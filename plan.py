@@ -29,7 +29,7 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import select_decomp_table
-from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -213,7 +213,10 @@ def main(argv=None):
     variants = {(*s.mode(step), len(s.ahead(step)), s.c.distill > 0)
                 for s in distinct.values() for step in range(s.end)}
     warnings.simplefilter("ignore")
-    memory = step_memory(c, args, vocab_size, dtype, kernel, team, variants)
+    try:
+        memory = step_memory(c, args, vocab_size, dtype, kernel, team, variants)
+    except DataDependentOutputException:
+        fail(f"{c.optimizer} reads values, which a plan has not; plan with --optimizer adamw instead")
     model = make_model(c, vocab_size, "meta", dtype)
     parts, count = Counter(), model.parameter_count()
     for name, p in model.named_parameters():

@@ -178,6 +178,8 @@ class Config:
             fail(f"--members {self.members} have one checkpoint each: --average 1, or another --average-kind")
         if self.restarts and self.average_kind != "probs":
             fail("--restarts goes on from a member's last weights: --average-kind probs")
+        if self.optimizer_args != "{}" and ":" not in self.optimizer:
+            fail(f"--optimizer-args are for a class, as {FORMS['optimizer'][1]}; {self.optimizer} takes none")
         if self.top and not self.fitness_tokens > self.seq_len:
             fail("--top selects by --fitness-tokens, which must hold a sequence or more")
 

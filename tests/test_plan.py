@@ -49,6 +49,7 @@ def test_plan(clone, command, parameters, cap, gib):
     ("--mfu 0", "--mfu 0"),
     ("--dataset another", "nano, fineweb100M"),
     ("--device-batch 7", "--device-batch 7"),
+    ("--dataset nano --n-embd 56 --optimizer torch.optim:Adafactor", "--optimizer adamw"),
 ])
 def test_refused(clone, flags, said):
     outcome = run_sh(clone, "limited", "--plan", *flags.split())

@@ -1277,6 +1277,7 @@ def test_wrong_types_are_refused(capsys, field):
         ("--optimizer torch.optim.SGD", "torch.optim:Adafactor"),
         ("--optimizer-args {", "--optimizer-args"),
         ("--optimizer-args [1]", "--optimizer-args"),
+        ("""--optimizer adamw --optimizer-args '{"eps": 1}'""", "adamw takes none"),
         ("--batch-tokens-ends 1000", "--batch-tokens-ends 1000"),
         ("--members 2", "--average 1"),
         ("--members 2 --average 1 --first-epochs 2", "a member has 2 epochs"),
