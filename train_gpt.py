@@ -253,7 +253,7 @@ TRACKS = {
     "limited": {},
     "two_hour": dict(window_stages="1:0.125/0.375 7:0.375/0.875 14:0.625/1", replay_from=14, epochs=22,
                      cycles=8, average=11),
-    "nano_unlimited": NANO | dict(epochs=4, replay_from=3, average=1, members=8, distill=0.7),
+    "nano_unlimited": NANO | dict(n_embd=128, epochs=4, replay_from=3, average=1, members=8, distill=0.7),
     "unlimited": UNLIMITED | dict(shuffle="sequence", wd_schedule="constant", epochs=32, replay_from=17,
                                   members=20, first_epochs=16, drop_first=True, distill=0.7,
                                   average_kind="blend", keep_final=0.6),
