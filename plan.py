@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from train_gpt import (ATTENTION, CAPS, Mode, Noise, Optimizer, Team, check_batch, draw_noise, fail,
-                       flops_per_token, make_model, make_parser, make_teacher, member_schedule, parse_args,
+                       flops_per_token, make_model, make_parser, frozen, member_schedule, parse_args,
                        pick_device, setup_compile)
 
 # Vocabulary, training tokens and machine, for plans that are made before there is the data.
@@ -146,7 +146,7 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
     setup_compile(args.compile, torch.device("meta"), compiler(live, kernel))
     model = make_model(c, vocab_size, "meta", dtype)
     model.checkpointing = args.checkpointing
-    teacher = make_teacher(model) if c.distill else None
+    teacher = frozen(model) if c.distill else None
     noise = Noise(*map(fake.from_tensor, draw_noise(c, 0, range(args.device_batch), dtype)))
     with (
         mock.patch.dict(ATTENTION, cpu=ATTENTION[kernel]),

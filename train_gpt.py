@@ -667,8 +667,8 @@ def lesson_pass(logits, teacher, softcap, temperature, ratio):
     return s, u.to(logits.dtype), kl
 
 def chunk_rows(vocab_size, device):
-    """Tokens whose logits are held at a time: 4M entries stay in a CPU's cache, 128M keep a GPU busy."""
-    return max(128, (2 ** 27 if device.type == "cuda" else 2 ** 22) // vocab_size)
+    """Tokens whose logits are held at a time: 16M entries serve a CPU best, 128M keep a GPU busy."""
+    return max(128, (2 ** 27 if device.type == "cuda" else 2 ** 24) // vocab_size)
 
 class HeadLoss(torch.autograd.Function):
     """
@@ -1363,7 +1363,7 @@ class Predictor:
         spec = json.loads((self.folder / "predictor.json").read_text())
         self.c, self.vocab_size = Config(**spec["config"]), spec["vocab_size"]
         self.members = [read_member(record) for record in spec["members"]]
-        self.model = make_model(self.c, self.vocab_size, self.device, getattr(torch, spec["dtype"]))
+        self.model = frozen(make_model(self.c, self.vocab_size, self.device, getattr(torch, spec["dtype"])))
 
     def load(self, member):
         """The model with the member's weights, whose file must have its digest when it is read first."""
@@ -1410,18 +1410,15 @@ def make_model(c, vocab_size, device, dtype):
         table.data = table.data.to(dtype)
     return model
 
-def make_teacher(model):
+def frozen(model):
     """A copy of a model that has its matrices in the compute dtype, as they are used, and no gradients."""
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    for p in teacher.parameters():
-        p.data = p.data.to(model.embed.dtype) if p.dim() > 1 else p.data
-    return teacher
+    dtype = lambda p: model.embed.dtype if p.dim() > 1 else p.dtype
+    values = {id(p): nn.Parameter(p.detach().to(dtype(p), copy=True), False) for p in model.parameters()}
+    return copy.deepcopy(model, values)  # which has no need to copy what is in `values`
 
 def save_weights(model, path):
-    """Writes the weights as they are used, matrices in the compute dtype; -> the file's digest."""
-    values = {name: p.detach().to(model.embed.dtype) if p.dim() > 1 else p.detach()
-              for name, p in model.named_parameters()}
-    return write_atomic(path, lambda file: torch.save(values, file))
+    """Writes the weights as they are used; -> the file's digest."""
+    return write_atomic(path, lambda file: torch.save(frozen(model).state_dict(), file))
 
 @torch.no_grad()
 def load_weights(model, path):
@@ -1724,7 +1721,7 @@ class Training:
         self.model = make_model(c, data.vocab_size, device, dtype)
         self.model.checkpointing = args.checkpointing
         initialise(self.model, c, args.seed)
-        self.teacher = make_teacher(self.model) if c.distill else None
+        self.teacher = frozen(self.model) if c.distill else None
         self.optimizer = Optimizer(self.model, c, dtype, team)
         self.keeper = Keeper(log, self.optimizer, team)
         first = self.schedules[team.index]
@@ -1749,7 +1746,7 @@ class Training:
         for mode, ahead, taught in sorted(variants):
             lesson = self.teacher.teach(sequences, mode) if taught else None
             self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
-            self.model.target_logprobs(sequences, mode)
+            frozen(self.model).target_logprobs(sequences, mode)
         for p in self.model.parameters():
             p.grad.zero_()
 
@@ -1777,9 +1774,11 @@ class Training:
         return before.mode
 
     def likelihoods(self, split, mode):
+        model = frozen(self.model)  # so that no batch casts the weights anew
+
         def scorer(part):
             self.pulse()
-            return self.model.target_logprobs(part, mode)
+            return model.target_logprobs(part, mode)
 
         sequences = self.data.sequences(split, self.c.seq_len)
         return log_likelihoods(scorer, sequences, self.args.device_batch, self.team, self.device)

@@ -7,7 +7,7 @@ How fast train_gpt.py is on this machine's CPU, part by part, and how close to w
 
     attention W        forward and backward of a layer's attention with the window W
     head               logits, softcap and loss, forward and backward
-    forward, teacher   the trunk without gradients; a teacher has its weights in the compute dtype
+    forward            the trunk without gradients, of a teacher or a model that is scored
     score              log-probabilities of the targets
     optimizer          a step of Muon and AdamW
     step S             a training step, data to optimizer, for each of its modes; S is the stage of windows
@@ -15,7 +15,7 @@ How fast train_gpt.py is on this machine's CPU, part by part, and how close to w
 
 `plain` is the time, in units of ours, of the plainest correct version on the same numbers: train_gpt.py not
 compiled, with masked scaled_dot_product_attention, torch's dropout, cross entropy of whole float32 logits,
-Muon matrix by matrix, torch.save, and the model as teacher. Both must agree. GFLOP/s are of matrix products
+Muon matrix by matrix, torch.save, and no frozen weights. Both must agree. GFLOP/s are of matrix products
 as train_gpt.py counts them, also as a share of the 2048^3 bfloat16 product's; MB is the peak growth of
 resident memory (Linux, glibc). Figures are medians of rounds that time all parts in turn on an idle machine.
 """
@@ -38,10 +38,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from plan import matmul_peak
+
 def load(name):
     """train_gpt.py as a module of its own."""
-    path = Path(__file__).resolve().parent.parent / "train_gpt.py"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, ROOT / "train_gpt.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up by its name
     spec.loader.exec_module(module)
     return module
@@ -74,7 +77,7 @@ def load_plain():
     t.ATTENTION["cpu"], t.muon_update, t.HeadLoss = attention, one_by_one, SimpleNamespace(apply=head_loss)
     t.target_logprobs = lambda x, W, y, c: logits(x, W, c).log_softmax(-1).gather(-1, y[..., None])[..., 0]
     t.dropout = lambda x, p, key: x if key is None else F.dropout(x, p)
-    t.Keeper.save, t.make_teacher = save, lambda model: model
+    t.Keeper.save, t.frozen = save, lambda model: model
     return t
 
 # ---- The parts ---------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def make_parts(t, track, folder):
     model = t.make_model(c, V, cpu, dtype)
     t.initialise(model, c, 42)
     model.head.data.mul_(100)  # logits of about 1, as those of a trained model; the first ones are next to 0
-    teacher = t.make_teacher(model)
+    frozen = t.frozen(model)
     optimizer, counter = t.Optimizer(model, c, dtype, team), itertools.count(1)
     keeper = t.Keeper(SimpleNamespace(folder=folder, suffix=""), optimizer, team)
     stream = t.Stream(data.splits["train"], data.documents("train"), c, 42)
@@ -138,9 +141,8 @@ def make_parts(t, track, folder):
     trunk = (scoring - 2 * V * C) * tokens
     parts |= {
         "head": Part(head, tokens, 6 * V * C * tokens),
-        "forward": Part(torch.no_grad()(lambda: model.trunk(sequences[:, :-1], mode)[:1]), tokens, trunk),
-        "teacher": Part(lambda: teacher.teach(sequences, mode)[:1], tokens, trunk),
-        "score": Part(lambda: (model.target_logprobs(sequences, mode),), tokens, scoring * tokens),
+        "forward": Part(lambda: frozen.teach(sequences, mode)[:1], tokens, trunk),
+        "score": Part(lambda: (frozen.target_logprobs(sequences, mode),), tokens, scoring * tokens),
         "optimizer": Part(optimizer_step, c.batch_tokens, polar),
     }
     for kind in dict.fromkeys(modes):
@@ -160,7 +162,7 @@ def peak_growth(call):
     call()
     return round((resident("VmHWM") - before) * 1024 / 1e6)
 
-def measure(versions, matmul_peak, rounds):
+def measure(versions, rounds):
     """{name: (ours, plain)} -> {name: (their seconds, their MB)}, the FLOP/s of the product."""
     memory, times, peaks = {}, {name: ([], []) for name in versions}, []
     for name, pair in tqdm(versions.items(), "warm-up", unit="part", leave=False):
@@ -243,7 +245,7 @@ def main():
         plain = make_parts(load_plain(), args.track, Path(folder))
         versions = {name: (part, plain[name]) for name, part in parts.items()
                     if not args.part or name.split()[0] in args.part}
-        print_table(versions, *measure(versions, t.matmul_peak, args.rounds))
+        print_table(versions, *measure(versions, args.rounds))
 
 if __name__ == "__main__":
     main()

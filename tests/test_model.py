@@ -195,7 +195,7 @@ def test_distillation_is_the_references(changes, ahead, rows):
     """By chunks of 7 tokens and at once; the teacher is run in a mode of its own."""
     model, sequences = make_model(**changes), make_tokens(3, T + 1)
     c, noise = model.c, make_noise(model, 3)
-    teacher = train_gpt.make_teacher(make_model(**changes))
+    teacher = train_gpt.frozen(make_model(**changes))
     for i, p in enumerate(teacher.parameters()):
         p.copy_(0.3 * normal(*p.shape, seed=100 + i))
     mode, teacher_mode = modes_of(c)[0], modes_of(c)[-1]
@@ -277,6 +277,20 @@ def test_bfloat16_stays_near_the_reference_and_in_bfloat16(values, tables):
     expected = ref.trunk(params, tokens, net)
     # Some 40 independent roundings to eight bits, 2^-9 each, follow one another: twice the root of their sum.
     assert (x - expected).norm() / expected.norm() < 0.025
+
+
+def test_a_frozen_model_scores_the_same_bits():
+    """It has the weights as they are used, in memory of its own."""
+    c, tokens, mode = Config(**SMALL), make_tokens(2, T + 1), Mode(True, 1, 0)
+    model = train_gpt.make_model(c, VOCAB, "cpu", torch.bfloat16)
+    train_gpt.initialise(model, c, 42)
+    model.head.data.mul_(100)
+    expected, frozen = model.target_logprobs(tokens, mode), train_gpt.frozen(model)
+    for p in model.parameters():
+        p.data.zero_()
+    assert torch.equal(frozen.target_logprobs(tokens, mode), expected)
+    assert {(p.dim() > 1, p.dtype, p.requires_grad) for p in frozen.parameters()} == {
+        (True, torch.bfloat16, False), (False, torch.float32, False)}
 
 
 def test_initial_values_of_tiny():
@@ -562,7 +576,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_tensor_holds_the_logits_of_all_tokens():
-    tokens, vocab = 512, 40000
+    tokens, vocab = 2048, 40000
     x, W = normal(1, tokens, 32, dtype=torch.float32), normal(vocab, 32, dtype=torch.float32)
     y, w = torch.zeros(tokens, 3, dtype=torch.int64), torch.ones(tokens, 3)
     lesson = train_gpt.Lesson(x[0].detach(), W)
@@ -893,7 +907,7 @@ def test_whole_loss_is_one_graph(counted, track):
     graphs, backend = counted
     c, dtype = small_track(track), torch.bfloat16
     model, (sequences, noise) = train_gpt.make_model(c, VOCAB, "meta", dtype), on_meta(c, 2, dtype)
-    teacher, variants = train_gpt.make_teacher(model), variants_of(c)
+    teacher, variants = train_gpt.frozen(model), variants_of(c)
     compiled = torch.compile(model.loss, fullgraph=True, dynamic=False, backend=backend)
     with mock.patch.dict(train_gpt.ATTENTION, meta=train_gpt.ATTENTION["cuda"]):
         for mode, ahead, taught in {variants[-1], max(variants, key=lambda variant: variant[1:])}:
@@ -922,7 +936,7 @@ def test_after_the_warm_up_nothing_compiles(counted, track, depths):
         c = small_track(track, n_layer, f"{n_layer // 2}-{n_layer // 2 + 1}")
         model = train_gpt.make_model(c, VOCAB, device, torch.float32)
         train_gpt.initialise(model, c, 42)
-        teacher, args = train_gpt.make_teacher(model), Namespace(device_batch=2)
+        teacher, args = train_gpt.frozen(model), Namespace(device_batch=2)
         schedules = {link: train_gpt.Schedule(c.member(link, 99), 997) for link in (0, c.distill_from)}
         training = dict(c=c, args=args, device=device, dtype=torch.float32, model=model, teacher=teacher)
         train_gpt.Training.warm_up(Namespace(**training, schedules=schedules, own=schedules))
@@ -933,6 +947,6 @@ def test_after_the_warm_up_nothing_compiles(counted, track, depths):
                 for _ in range(2):
                     lesson = teacher.teach(sequences, last) if taught else None
                     model.loss(sequences, mode, noise, 4, (1.0,) * ahead, lesson)[0].backward()
-                    model.target_logprobs(sequences, mode)
+                    train_gpt.frozen(model).target_logprobs(sequences, mode)
         assert len(graphs) == numbers[-1]
     assert 0 < max(numbers) == min(numbers)

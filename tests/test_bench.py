@@ -1,0 +1,34 @@
+"""tests/bench.py prints its table; what the figures are is the machine's affair."""
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_run import ROOT, make_dataset
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """Runs the bench of a clone whose dataset is small."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "tests").mkdir()
+    for name in "train_gpt.py", "plan.py", "tests/bench.py":
+        shutil.copy(ROOT / name, folder / name)
+    make_dataset(folder / "data/nano", "nano", train=20_000, val=3_080, audit=2_500)
+    command = [sys.executable, folder / "tests/bench.py", "--track", "smoke"]
+    return lambda *arguments: subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+
+def test_a_table_of_the_parts_that_were_asked_for(bench):
+    outcome = bench("attention", "optimizer", "--rounds", "1")
+    assert outcome.returncode == 0, outcome.stderr
+    rows = re.findall(r"^(\w.*?)  .*?([\d.]+)%", outcome.stdout, re.M)
+    assert [name for name, _ in rows] == ["attention 128", "attention 512", "optimizer", "2048^3 product"]
+    assert all(0 < float(share) <= 100 for _, share in rows)
+
+
+def test_a_part_that_there_is_not(bench):
+    outcome = bench("heads")
+    assert outcome.returncode == 2
+    assert outcome.stderr == "error: there is no part heads; see python tests/bench.py --help\n"
