@@ -235,6 +235,7 @@ def main():
     torch.set_num_threads(args.threads)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     compiled = t.setup_compile(True, torch.device("cpu"))
+    t.keep_heap()
     with tempfile.TemporaryDirectory() as folder:
         parts = make_parts(t, args.track, Path(folder))
         if unknown := set(args.part) - {name.split()[0] for name in parts}:
