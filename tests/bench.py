@@ -38,20 +38,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt
 from plan import matmul_peak
 
-def load(name):
-    """train_gpt.py as a module of its own."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "train_gpt.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up by its name
-    spec.loader.exec_module(module)
-    return module
-
 def load_plain():
-    """A copy of train_gpt.py whose fast parts are the textbook's."""
-    t = load("train_gpt_plain")
+    """A copy of train_gpt.py, as a module of its own, whose fast parts are the textbook's."""
+    spec = importlib.util.spec_from_file_location("train_gpt_plain", train_gpt.__file__)
+    t = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look it up by its name
+    spec.loader.exec_module(t)
 
     def attention(q, k, v, window, scale):
         mask = t.causal_mask(q.size(1), window, q.dtype, q.device)
@@ -220,7 +215,7 @@ def print_profile(t, name, step, steps=5):
         print(f"{group:<24}{time / total:>6.1%}{time / steps / 1e3:>10,.1f} ms")
 
 def main():
-    t = load("train_gpt")
+    t = train_gpt
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: t.fail(f"{message}; see python tests/bench.py --help")
     add = parser.add_argument
