@@ -178,10 +178,10 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
 
 # ---- The plan ----------------------------------------------------------------------------------------------
 
-def matmul_peak():
-    """FLOP/s of this machine's 2048^3 bfloat16 product, the best of some."""
-    a, times = torch.randn(2048, 2048, dtype=torch.bfloat16), []
-    for _ in range(5):
+def matmul_peak(dtype):
+    """FLOP/s of this CPU's 2048^3 product, the best of half a second; one takes long in a foreign dtype."""
+    a, times = torch.randn(2048, 2048, dtype=dtype), []
+    while sum(times) < 0.5:
         began = time.perf_counter()
         a @ a
         times.append(time.perf_counter() - began)
@@ -223,7 +223,7 @@ def main(argv=None):
         part = name.split(".")[0]
         parts[part if part in ("embed", "head", "blocks") else "the rest"] += p.numel()
     flops = sum(members[cm] * s.training_flops(vocab_size) for cm, s in distinct.items())
-    peak = matmul_peak() / ranks if kernel == "cpu" else 989e12  # of this CPU's share, or of an H100
+    peak = matmul_peak(dtype) / ranks if kernel == "cpu" else 989e12  # of this CPU's share, or of an H100
     seconds = flops / (args.mfu * peak * ranks)
     kept = c.average if c.members == 1 and c.average_kind == "probs" else c.members
     state = memory["weights"] + team_size * memory["optimizer"]

@@ -3,7 +3,7 @@ How fast train_gpt.py is on this machine's CPU, part by part, and how close to w
 
     python tests/bench.py                      the table for the nano track: some minutes
     python tests/bench.py head attention       some of its parts
-    python tests/bench.py --profile            where the time of a training step goes
+    python tests/bench.py --profile [score]    where the time of a training step, or of a part, goes
 
     attention W        forward and backward of a layer's attention with the window W
     head               logits, softcap and loss, forward and backward
@@ -16,8 +16,9 @@ How fast train_gpt.py is on this machine's CPU, part by part, and how close to w
 `plain` is the time, in units of ours, of the plainest correct version on the same numbers: train_gpt.py not
 compiled, with masked scaled_dot_product_attention, torch's dropout, cross entropy of whole float32 logits,
 Muon matrix by matrix, torch.save, and no frozen weights. Both must agree. GFLOP/s are of matrix products
-as train_gpt.py counts them, also as a share of the 2048^3 bfloat16 product's; MB is the peak growth of
-resident memory (Linux, glibc). Figures are medians of rounds that time all parts in turn on an idle machine.
+as train_gpt.py counts them, also as a share of the 2048^3 product's in the same dtype, by default that of a
+run here; MB is the peak growth of resident memory (Linux, glibc). Figures are medians of rounds that time all
+parts in turn on an idle machine.
 """
 import ctypes
 import importlib.util
@@ -80,10 +81,10 @@ def load_plain():
 # call() returns tensors on which both versions agree; `steps` says how many steps of a run are such a call.
 Part = namedtuple("Part", "call tokens flops steps", defaults=(0, 0.0, 0))
 
-def make_parts(t, track, folder):
+def make_parts(t, track, folder, dtype):
     """-> {name: Part} of train_gpt.py as the module t."""
     c, args = t.parse_args(["--track", track])
-    c, dtype, cpu, team = c.member(0, 1), t.pick_device(args)[2], torch.device("cpu"), t.make_team(1, None)
+    c, cpu, team = c.member(0, 1), torch.device("cpu"), t.make_team(1, None)
     t.check_batch(c, args, 1)
     data = t.Dataset(t.ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
     V, T, C, B = data.vocab_size, c.seq_len, c.n_embd, args.device_batch
@@ -157,7 +158,7 @@ def peak_growth(call):
     call()
     return round((resident("VmHWM") - before) * 1024 / 1e6)
 
-def measure(versions, rounds):
+def measure(versions, rounds, dtype):
     """{name: (ours, plain)} -> {name: (their seconds, their MB)}, the FLOP/s of the product."""
     memory, times, peaks = {}, {name: ([], []) for name in versions}, []
     for name, pair in tqdm(versions.items(), "warm-up", unit="part", leave=False):
@@ -166,7 +167,7 @@ def measure(versions, rounds):
             assert error < 0.05, f"{name}: ours and plain differ by {error:.1%}, more than bfloat16 does"
         memory[name] = [peak_growth(part.call) for part in pair]
     for _ in tqdm(range(rounds), "measuring", unit="round", leave=False):
-        peaks.append(matmul_peak())
+        peaks.append(matmul_peak(dtype))
         for name, pair in versions.items():
             for part, samples in zip(pair, times[name]):
                 timer = Timer("call()", globals=part._asdict(), num_threads=torch.get_num_threads())
@@ -188,16 +189,15 @@ def print_table(versions, figures, peak):
         print(f"a run's {steps:,} steps: {time:,.0f} s, {flops:.4g} FLOPs, {flops / time / peak:.1%} of peak")
 
 # An event's group is the first whose pattern is in its path, the names from the outermost event to its own.
-GROUPS = {"data": "/data", "optimizer": "/optimizer", "attention": "/attention", "head": "HeadLoss",
+GROUPS = {"data": "/data", "optimizer": "/optimizer", "attention": "/attention", "head": "HeadLoss|/head",
           "trunk matmuls": "mm$|linear$", "elementwise (compiled)": "Compiled", "other": ""}
 
-def print_profile(t, name, step, steps=5):
-    """Where the time of a training step goes: the own times of the events that torch.profiler sees."""
-    t.ATTENTION["cpu"] = record_function("attention")(t.ATTENTION["cpu"])
-    step()
+def print_profile(name, call, steps=5):
+    """Where the time of a part goes: the own times of the events that torch.profiler sees."""
+    call()
     with profile(activities=[ProfilerActivity.CPU]) as seen, record_function("steps"):
         for _ in range(steps):
-            step()
+            call()
     paths, attention, spent = {None: ""}, set(), dict.fromkeys(GROUPS, 0.0)
     for event in seen.events():  # parents come before children, and forward before backward
         # A node of autograd has the number of the forward operation that it is the backward of.
@@ -222,8 +222,9 @@ def main():
     add("part", nargs="*", metavar="PART", help="first word of a part to measure (default: all)")
     add("--track", default="nano", help="whose preset is measured (default nano)")
     add("--rounds", type=int, default=5, help="how often all parts are timed (default 5)")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: as in a run here)")
     add("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own choice)")
-    add("--profile", action="store_true", help="profile the training step instead")
+    add("--profile", action="store_true", help="profile the parts instead (default: the last step)")
     args = parser.parse_args()
     if min(args.rounds, args.threads) < 1:
         parser.error("--rounds and --threads are 1 or more")
@@ -231,17 +232,23 @@ def main():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     compiled = t.setup_compile(True, torch.device("cpu"))
     t.keep_heap()
+    dtype = t.pick_device(args)[2]
     with tempfile.TemporaryDirectory() as folder:
-        parts = make_parts(t, args.track, Path(folder))
+        parts = make_parts(t, args.track, Path(folder), dtype)
         if unknown := set(args.part) - {name.split()[0] for name in parts}:
             parser.error(f"there is no part {', '.join(sorted(unknown))}")
-        print(f"{args.track}, {args.threads} threads, {compiled}, torch {torch.__version__}")
+        print(f"{args.track}, {str(dtype)[6:]}, {args.threads} threads, {compiled}, "
+              f"torch {torch.__version__}")
+        chosen = [name for name in parts if not args.part or name.split()[0] in args.part]
         if args.profile:
-            return print_profile(t, *[(name, part.call) for name, part in parts.items() if part.steps][-1])
-        plain = make_parts(load_plain(), args.track, Path(folder))
-        versions = {name: (part, plain[name]) for name, part in parts.items()
-                    if not args.part or name.split()[0] in args.part}
-        print_table(versions, *measure(versions, args.rounds))
+            t.ATTENTION["cpu"] = record_function("attention")(t.ATTENTION["cpu"])
+            t.target_logprobs = record_function("head")(t.target_logprobs)
+            for name in chosen if args.part else [name for name in chosen if parts[name].steps][-1:]:
+                print_profile(name, parts[name].call)
+            return
+        plain = make_parts(load_plain(), args.track, Path(folder), dtype)
+        versions = {name: (parts[name], plain[name]) for name in chosen}
+        print_table(versions, *measure(versions, args.rounds, dtype))
 
 if __name__ == "__main__":
     main()
