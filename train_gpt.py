@@ -401,12 +401,14 @@ def flash_attention(q, k, v, window, scale):
     return varlen_attn(*flat, starts, starts, T, T, scale=scale, window_size=reach).view(B, T, H, D)
 
 def block_attention(q, k, v, window, scale):
-    """On the CPU blocks of 128 queries and the keys in their reach: plain products beat the kernel."""
+    """On the CPU blocks of queries and the keys in their reach: plain products beat the kernel."""
     B, T, H, D = q.shape
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     mask, out = causal_mask(T, window, q.dtype, q.device), []
-    for start in range(0, T, 128):
-        query, key = slice(start, start + 128), slice(max(0, (start - window) // 128 * 128), start + 128)
+    # Smaller blocks compute less that a short window hides; the backward pass wants larger products.
+    size = 64 if window < 256 and not q.requires_grad else 128
+    for start in range(0, T, size):
+        query, key = slice(start, start + size), slice(max(0, start - window), start + size)
         scores = torch.baddbmm(mask[query, key], q[:, query], k[:, key].mT, alpha=scale)
         out.append(scores.softmax(-1) @ v[:, key])
     return torch.cat(out, dim=1).view(B, H, T, D).transpose(1, 2)
