@@ -221,10 +221,12 @@ def before(entry):
     return [old for old in history(entry.track) if old.number < entry.number]
 
 
-def standing(entries):
-    """The last record; while there is none the last baseline, or None."""
-    ruled = [entry for kind in reversed(RULED) for entry in entries if entry.record["kind"] == kind]
-    return ruled[-1] if ruled else None
+def stood(entries):
+    """Those that the others had to beat, each until the next: the records, before them the baselines."""
+    kinds = [entry.record["kind"] for entry in entries]
+    start = kinds.index("record") if "record" in kinds else len(kinds)
+    return [entry for place, entry in enumerate(entries)
+            if kinds[place] == "record" or kinds[place] == "baseline" and place < start]
 
 
 # ---- Verdicts ------------------------------------------------------------------------------------
@@ -281,8 +283,8 @@ def judge(entry):
     for the first of a track. What was filed later plays no part, so a verdict never changes."""
     earlier = before(entry)
     reproduced = [old for old in earlier if old.number == entry.record["of"]]
-    old = reproduced[0] if reproduced else standing(earlier)
-    return old and verdict_of(entry, old, f"#{old.number}", pool=earlier)
+    rivals = reproduced or stood(earlier)[-1:]
+    return verdict_of(entry, rivals[0], f"#{rivals[0].number}", pool=earlier) if rivals else None
 
 
 def evidence(entry):
@@ -434,14 +436,13 @@ def published(track):
 
 def filed(track):
     rows = []
-    for entry in history(track):
+    for entry in stood(history(track)):
         record = entry.record
-        if record["kind"] in RULED:
-            minutes = np.mean([run["train_seconds"] for run in entry.runs]) / 60
-            rows.append(Row(f"{entry.number}", record["val_loss"], f"{record['audit_loss']:.3f}",
-                            evidence(entry), f"[{record['title']}]({entry.place})", record["date"],
-                            f"{minutes:.1f} mins", record["contributors"],
-                            f"[log]({entry.place}/{entry.runs[0]['log']})"))
+        minutes = np.mean([run["train_seconds"] for run in entry.runs]) / 60
+        rows.append(Row(f"{entry.number}", record["val_loss"], f"{record['audit_loss']:.3f}",
+                        evidence(entry), f"[{record['title']}]({entry.place})", record["date"],
+                        f"{minutes:.1f} mins", record["contributors"],
+                        f"[log]({entry.place}/{entry.runs[0]['log']})"))
     return rows
 
 
@@ -457,11 +458,11 @@ def data_efficiency(loss, data):
 
 def watch(track):
     """(entry numbers, gaps, half-widths): by how much gains on val since the track's first entry exceed those
-    on audit, for each later record and baseline."""
-    ruled = [entry for entry in history(track) if entry.record["kind"] in RULED]
+    on audit, for each later one that stood."""
+    first, *later = stood(history(track)) or [None]
     numbers, gaps, halves = [], [], []
-    for entry in ruled[1:]:
-        pairs = [one.split(name) for name in ("val", "audit") for one in (entry, ruled[0])]
+    for entry in later:
+        pairs = [one.split(name) for name in ("val", "audit") for one in (entry, first)]
         gap, se = stats.overfit_gap(*pairs)
         numbers.append(entry.number)
         gaps.append(gap)
@@ -514,7 +515,8 @@ def table(track):
         cells = (row.number, f"{row.val_loss:.3f}", multiple, row.audit, row.evidence, row.title, row.date,
                  row.time, ", ".join(row.contributors), row.log)
         lines.append(f"| {' | '.join(cells)} |")
-    others = [entry for entry in history(track) if entry.record["kind"] not in RULED]
+    in_table = {entry.number for entry in stood(history(track))}
+    others = [entry for entry in history(track) if entry.number not in in_table]
     lines += ["", "Also filed:"] if others else []
     lines += [f"- #{entry.number}, {entry.record['kind']}: [{entry.record['title']}]({entry.place}), "
               f"val loss {entry.record['val_loss']:.3f}; {evidence(entry)}" for entry in others]

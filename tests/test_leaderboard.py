@@ -559,6 +559,25 @@ def test_the_watch_sees_gains_that_val_alone_shows(repo):
     assert float(gap) == pytest.approx(0.02, abs=float(error)) and float(gap) > 2 * float(error)
 
 
+def test_a_baseline_that_comes_after_a_record_only_stands_beside_the_table(repo):
+    repo.add(repo.runs("base"), "start", "--kind", "baseline")
+    repo.add(repo.runs("better", level=-0.02, source=b"better\n"), "better")
+    repo("render")
+    before = generated(repo)
+    repo.add(repo.runs("large", level=0.3, source=b"large\n"), "large", "--kind", "baseline")
+    repo("render")
+    after = generated(repo)
+    readme = before.pop(repo.root / "README.md").decode().split("\n")
+    added = [line for line in after.pop(repo.root / "README.md").decode().split("\n") if line not in readme]
+    assert after == before  # the plots
+    assert [line.split(":")[0] for line in added] == [
+        "Also filed",
+        "- #3, baseline",
+        "Overfitting watch",  # more looks
+    ]
+    assert "against #2" in repo.add(repo.runs("best", level=-0.04, source=b"best\n"), "best")
+
+
 def test_render_wants_its_markers(repo):
     (repo.root / "README.md").write_text("# no markers\n")
     assert "needs a line" in repo("render", ok=False)
