@@ -51,7 +51,8 @@ def test_plan(clone, command, parameters, cap, gib):
     ("--mfu 0", "--mfu 0"),
     ("--dataset another", "nano, fineweb100M"),
     ("--device-batch 7", "--device-batch 7"),
-    ("--dataset nano --n-embd 56 --optimizer torch.optim:Adafactor", "--optimizer adamw"),
+    ("--dataset nano --n-embd 56 --n-layer 2 --replay none --no-compile --optimizer torch.optim:Adafactor",
+     "--optimizer adamw"),
 ])
 def test_refused(clone, flags, said):
     outcome = run_sh(clone, "limited", "--plan", *flags.split())
