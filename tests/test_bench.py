@@ -28,6 +28,16 @@ def test_a_table_of_the_parts_that_were_asked_for(bench):
     assert all(0 < float(share) <= 100 for _, share in rows)
 
 
+def test_a_profile_of_a_part(bench):
+    outcome = bench("score", "--profile")
+    assert outcome.returncode == 0, outcome.stderr
+    title, *rows = outcome.stdout.splitlines()[1:]
+    shares = {row[:24].strip(): float(row[24:].split("%")[0]) for row in rows}
+    assert title.startswith("score: ") and sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert min(shares["head"], shares["attention"], shares["trunk matmuls"]) > 0
+    assert shares["optimizer"] == shares["data"] == 0
+
+
 def test_a_part_that_there_is_not(bench):
     outcome = bench("heads")
     assert outcome.returncode == 2
