@@ -641,28 +641,41 @@ def flops_per_token(c, vocab_size, mode, training=True):
 
 # ---- Head and loss -----------------------------------------------------------------------------------------
 
+def exp(x):
+    """
+    e^x of float32, to about 2e-7 + 1e-7 |x| of it, between 2^-126 and 2^127. Compiled for a CPU it is 2^n,
+    made of its bits, times a minimax polynomial: twice as fast as the library's, which other devices use.
+    """
+    if x.device.type != "cpu" or not torch.compiler.is_compiling():
+        return torch.exp(x)
+    y = (x * (1 / math.log(2))).clamp(-126, 127)
+    n, power = y.round(), 0.0
+    for coefficient in (0.0013264729, 0.0096715132, 0.055507337, 0.24022242, 0.69314698, 1.0):
+        power = power * (y - n) + coefficient
+    return power * ((n.int() + 127) << 23).view(torch.float32)
+
 def softcap_pass(logits, softcap):
     """
     Raw logits l (n, V) -> (s (n, 1) float32, u (n, V) in the logits' dtype): s is the sum of the softmax's
     exponentials, u / s its probabilities times the softcap's slope. As z = c tanh(l / c) <= c, nobody need
     look for the maximum: q = 1 / (1 + exp(2 l / c)) gives z - c = -2 c q and dz/dl = 4 q (1 - q).
     """
-    q = 1 / (1 + torch.exp(logits.float() * (2 / softcap)))
-    e = torch.exp(q * (-2 * softcap))
+    q = 1 / (1 + exp(logits.float() * (2 / softcap)))
+    e = exp(q * (-2 * softcap))
     return e.sum(-1, keepdim=True), (e * (4 * q * (1 - q))).to(logits.dtype)
 
 def softcap_sum(logits, softcap):
     """The first half of softcap_pass, for scoring."""
-    return torch.exp(-2 * softcap / (1 + torch.exp(logits.float() * (2 / softcap)))).sum(-1)
+    return exp(-2 * softcap / (1 + exp(logits.float() * (2 / softcap)))).sum(-1)
 
 def lesson_pass(logits, teacher, softcap, temperature, ratio):
     """
     softcap_pass with a teacher's raw logits (n, V): also -> the divergences KL(teacher || student) at the
     temperature, (n, 1), whose gradient times ratio (n, 1) has been added to u / s.
     """
-    q, qt = (1 / (1 + torch.exp(l.float() * (2 / softcap))) for l in (logits, teacher))
+    q, qt = (1 / (1 + exp(l.float() * (2 / softcap))) for l in (logits, teacher))
     z, zt = -2 * softcap * q, -2 * softcap * qt
-    e, student, teacher = torch.exp(z), torch.exp(z / temperature), torch.exp(zt / temperature)
+    e, student, teacher = exp(z), exp(z / temperature), exp(zt / temperature)
     s, ss, st = (part.sum(-1, keepdim=True) for part in (e, student, teacher))
     kl = (teacher * (zt - z)).sum(-1, keepdim=True) / (temperature * st) + ss.log() - st.log()
     u = 4 * q * (1 - q) * (e + ratio * s * (student / ss - teacher / st))

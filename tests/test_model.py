@@ -497,6 +497,23 @@ def test_head_loss_and_gradients_are_the_plain_ones(
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_compiled_exp_is_accurate_and_saturates():
+    exp = torch.compiler.set_stance("default")(torch.compile(train_gpt.exp))
+    x = torch.linspace(-87.3, 88.0, 100_003)
+    expected = x.double().exp()
+    assert ((exp(x).double() - expected).abs() < (2e-7 + 1e-7 * x.abs()) * expected).all()
+    assert not torch.equal(exp(x), x.exp())  # it is not the library's
+    ends = exp(torch.tensor([-math.inf, -1e4, -88.0, 89.0, 1e4, math.inf, math.nan, 0.0]))
+    torch.testing.assert_close(ends[:6].log2(), torch.tensor([-126.0] * 3 + [127.0] * 3), rtol=0, atol=1e-5)
+    assert ends[6].isnan() and ends[7] == 1
+
+
+@pytest.fixture(params=[False, True], ids=["library's exp", "compiled exp"])
+def either_exp(request, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param)
+
+
+@pytest.mark.usefixtures("either_exp")
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 5e-6), (torch.bfloat16, 2.0**-7)], ids=str)
 @pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 1.0, 1.2])
@@ -525,6 +542,7 @@ def test_head_loss_in_low_precision(dtype, eps, scale, temperature):
         assert (mine - other).norm() < eps * other.norm()
 
 
+@pytest.mark.usefixtures("either_exp")
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize("softcap", [1.0, 40.0])
 def test_lesson_is_finite_at_the_ends_of_the_permitted_range(softcap, end):
@@ -545,6 +563,7 @@ def test_lesson_is_finite_at_the_ends_of_the_permitted_range(softcap, end):
         assert x.grad.isfinite().all() and head.grad.isfinite().all()
 
 
+@pytest.mark.usefixtures("either_exp")
 def test_probabilities_sum_to_one():
     model, tokens = make_model(torch.float32), make_tokens(1, T)
     x, _ = model.trunk(tokens, Mode(True, 1, 0))
