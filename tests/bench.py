@@ -16,9 +16,9 @@ How fast train_gpt.py is on this machine's CPU, part by part, and how close to w
 `plain` is the time, in units of ours, of the plainest correct version on the same numbers: train_gpt.py not
 compiled, with masked scaled_dot_product_attention, torch's dropout, cross entropy of whole float32 logits,
 Muon matrix by matrix, torch.save, and no frozen weights. Both must agree. GFLOP/s are of matrix products
-as train_gpt.py counts them, also as a share of the 2048^3 product's in the same dtype, by default that of a
-run here; MB is the peak growth of resident memory (Linux, glibc). Figures are medians of rounds that time all
-parts in turn on an idle machine.
+as train_gpt.py counts them, also as a share of the 2048^3 product's of the same round and dtype, by default
+that of a run here; MB is the peak growth of resident memory (Linux, glibc). Figures are medians of rounds
+that time all parts in turn on an idle machine.
 """
 import ctypes
 import importlib.util
@@ -159,7 +159,7 @@ def peak_growth(call):
     return round((resident("VmHWM") - before) * 1024 / 1e6)
 
 def measure(versions, rounds, dtype):
-    """{name: (ours, plain)} -> {name: (their seconds, their MB)}, the FLOP/s of the product."""
+    """{name: (ours, plain)} -> {name: (their seconds, our share, their MB)}, the FLOP/s of the product."""
     memory, times, peaks = {}, {name: ([], []) for name in versions}, []
     for name, pair in tqdm(versions.items(), "warm-up", unit="part", leave=False):
         for a, b in zip(*(part.call() for part in pair), strict=True):
@@ -172,16 +172,20 @@ def measure(versions, rounds, dtype):
             for part, samples in zip(pair, times[name]):
                 timer = Timer("call()", globals=part._asdict(), num_threads=torch.get_num_threads())
                 samples.append(timer.blocked_autorange(min_run_time=0.2).median)
-    return {name: (*map(median, times[name]), *memory[name]) for name in versions}, median(peaks)
+    def figures(name):
+        flops, seconds = versions[name][0].flops, times[name]
+        share = median(flops / time / peak for time, peak in zip(seconds[0], peaks))
+        return *map(median, seconds), share, *memory[name]
+
+    return {name: figures(name) for name in versions}, median(peaks)
 
 def print_table(versions, figures, peak):
     row = "{:<16}{:>10}{:>11}{:>10}{:>9}{:>9}{:>8}{:>10}".format
     print(row("part", "ms", "tokens/s", "GFLOP/s", "% peak", "plain", "MB", "plain MB"))
     steps, time, flops = 0, 0.0, 0.0
     for name, (part, _) in versions.items():
-        ours, plain, *sizes = figures[name]
-        rate = part.flops / ours
-        rates = f"{part.tokens / ours:,.0f}", f"{rate / 1e9:,.1f}", f"{rate / peak:.1%}"
+        ours, plain, share, *sizes = figures[name]
+        rates = f"{part.tokens / ours:,.0f}", f"{part.flops / ours / 1e9:,.1f}", f"{share:.1%}"
         print(row(name, f"{1e3 * ours:,.2f}", *rates, f"{plain / ours:.2f}", *sizes))
         steps, time, flops = steps + part.steps, time + part.steps * ours, flops + part.steps * part.flops
     print(row("2048^3 product", f"{2e3 * 2048 ** 3 / peak:.2f}", "-", f"{peak / 1e9:,.1f}", "100.0%", *"---"))
