@@ -2173,7 +2173,8 @@ def pick_device(args):
         device, name = torch.device("cpu"), f"{models[0]}, {os.cpu_count()} cores"
         fast = bool({"amx_bf16", "avx512_bf16"} & set(info.split()))
     if args.dtype:
-        return device, name, getattr(torch, args.dtype), "--dtype"
+        slow = "" if fast or args.dtype == "float32" else "; no bfloat16 units, a hundred times slower"
+        return device, name, getattr(torch, args.dtype), "--dtype" + slow
     return device, name, *((torch.bfloat16, "in hardware") if fast else (torch.float32, "no bfloat16 units"))
 
 def keep_heap():

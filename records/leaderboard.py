@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import zipfile
@@ -739,4 +740,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `compare A B | head` ends without a traceback
     main()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -617,6 +618,14 @@ def test_power_and_efficiency(filled):
         "efficiency", 2.5
     )
     assert "no curve for moon" in filled("efficiency", 3.0, "--data", "moon", ok=False)
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(filled):
+    command = [sys.executable, filled.root / "records/leaderboard.py", "efficiency", "3.2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE
 
 
 @pytest.mark.parametrize("command", [("check",), ("render", "--check")])

@@ -10,6 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -173,6 +175,22 @@ def test_an_ensemble_beats_its_best_member(project, train):  # noqa: F811
     start = metrics(project / "runs/ensemble", "eval")[0]["loss"]
     assert best < start - 2 and result["val_loss"] < best - 0.002
     print(result["val_loss"], [member["val_loss"] for member in result["members"]])
+
+
+@pytest.mark.parametrize(("flags", "name", "reason"), [
+    ("avx2", None, "no bfloat16 units"),
+    ("avx2", "float32", "--dtype"),
+    ("avx2", "bfloat16", "--dtype; no bfloat16 units, a hundred times slower"),
+    ("avx512_bf16", None, "in hardware"),
+    ("amx_bf16", "bfloat16", "--dtype"),
+])
+def test_the_log_says_why_a_dtype_was_taken(flags, name, reason):
+    info = f"model name\t: A CPU\nflags\t\t: sse {flags}\n"
+    with mock.patch.object(train_gpt.Path, "exists", lambda _: True), \
+            mock.patch.object(train_gpt.Path, "read_text", lambda _: info):
+        device, cpu, dtype, why = train_gpt.pick_device(Namespace(dtype=name))
+    assert (device.type, cpu.split(",")[0], why) == ("cpu", "A CPU", reason)
+    assert str(dtype) == f"torch.{name or ('float32' if flags == 'avx2' else 'bfloat16')}"
 
 
 # ---- Mixtures ------------------------------------------------------------------------------------
