@@ -85,6 +85,7 @@ def start(folder, *arguments, script="run.sh", stdout=subprocess.PIPE, cwd="/", 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests themselves may run under nohup
     )
 
 
