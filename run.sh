@@ -209,7 +209,7 @@ case $command in
     data) cd "$caller" && exec "$venv_python" "$root/data/prepare.py" "$@" ;;
     test)
         # Two files at a time, the longest first.
-        (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_resume.py tests
+        (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_{resume,tracks,plan}.py tests
         exec "$venv_python" -m pytest "$@"
         ;;
     *)

@@ -20,7 +20,7 @@ import pytest
 from test_run import (ENVIRONMENT, SHORT, SOURCE, T, leftovers, losses, make_dataset, make_project, metrics,
                       nursery, project, result_of, train)  # noqa: F401
 
-KILLS = int(os.environ.get("SLOWRUN_KILLS", 3))
+KILLS = int(os.environ.get("SLOWRUN_KILLS", 2))
 # Not of the run, but of the machine: what --resume does not know. A state is due after each step; the ranks
 # hear of that one step later, and then save: after steps 2, 4, 5 (an epoch's end), 7, 9, 10.
 MACHINE = "--dtype float32 --no-compile --save-every 0".split()

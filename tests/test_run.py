@@ -97,9 +97,9 @@ def nursery():
 
 @pytest.fixture(scope="session")
 def train(nursery, tmp_path_factory):
-    """train(project, *arguments, ranks=1, stdout=a file or terminal, **environment) -> its Outcome."""
+    """train(project, *arguments, ranks=1, stdout=a file or terminal, script, **environment) -> its Outcome."""
 
-    def train(project, *arguments, ranks=1, stdout=None, **environment):
+    def train(project, *arguments, ranks=1, stdout=None, script="train_gpt.py", **environment):
         with socket.create_server(("localhost", 0)) as free:
             cluster = {"WORLD_SIZE": ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": free.getsockname()[1]}
         output, processes = tmp_path_factory.mktemp("output"), []
@@ -107,8 +107,7 @@ def train(nursery, tmp_path_factory):
             place = cluster | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
             variables = {key: str(value) for key, value in (environment | place).items()}
             processes.append((variables, stdout or f"{output}/{rank}.out", f"{output}/{rank}.err"))
-        script, arguments = f"{project}/train_gpt.py", list(map(str, arguments))
-        print(json.dumps([script, arguments, processes]), file=nursery.stdin)
+        print(json.dumps([f"{project}/{script}", list(map(str, arguments)), processes]), file=nursery.stdin)
         codes = json.loads(nursery.stdout.readline())
         texts = ("".join(path.read_text() for path in output.glob(glob)) for glob in ("*.out", "*.err"))
         return Outcome(codes, *texts)
