@@ -16,6 +16,7 @@ temporaries, what backward pass and optimizer have. CUDA, NCCL and the allocator
 import functools
 import itertools
 import math
+import operator
 import resource
 import sys
 import time
@@ -31,7 +32,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import select_decomp_table
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import train_gpt
 from train_gpt import (ATTENTION, CAPS, Mode, Noise, Optimizer, Team, check_batch, draw_noise, fail,
@@ -50,12 +51,12 @@ def nbytes(tree):
 class LiveBytes(TorchDispatchMode):
     """
     Counts the bytes of live storages, by the `phase` in which they were made; `peak` is that of the largest
-    sum. While it is `fused`, what is made goes from register to register and has no memory.
+    sum.
     """
 
     def __init__(self):
         super().__init__()
-        self.known, self.live, self.peak, self.phase, self.fused = set(), Counter(), Counter(), "start", False
+        self.known, self.live, self.peak, self.phase = set(), Counter(), Counter(), "start"
 
     @classmethod
     def ignore_compile_internals(cls):
@@ -72,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
 
     def see(self, storage):
         if (key := storage._cdata) not in self.known:
-            size = 0 if self.fused else storage.nbytes()
+            size = storage.nbytes()
             self.known.add(key)
             self.live[self.phase] += size
             weakref.finalize(storage, self.forget, key, self.phase, size)
@@ -85,14 +86,14 @@ aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default}
 VIEWS = {aten.view.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.expand.default,
          aten.unsqueeze.default, aten.squeeze.dim, aten.slice.Tensor, aten.select.int, aten.unbind.int,
-         aten.split.Tensor}
+         aten.split.Tensor, operator.getitem}
 
 class Compiled(fx.Interpreter):
     """A compiled region as inductor's kernels run it: products, what they read, and results have memory."""
 
-    def __init__(self, graph, live, kernel):
+    def __init__(self, graph, kernel):
         super().__init__(graph)
-        self.tracker, self.on_cpu = live, kernel == "cpu"
+        self.on_cpu = kernel == "cpu"
         self.stored = {node for node in self.graph.nodes if self.is_stored(node)}
         ends = self.user_to_last_uses  # {node: those that are freed after it}
         reader = {node: last for last, nodes in ends.items() for node in nodes}
@@ -108,18 +109,22 @@ class Compiled(fx.Interpreter):
             user.op == "output" or user.target in PRODUCTS or user.target in VIEWS and self.is_stored(user)
             for user in node.users)
 
-    def run_node(self, node):
-        self.tracker.fused = node not in self.stored
-        try:
-            return super().run_node(node)
-        finally:
-            self.tracker.fused = False
+    def call_function(self, target, args, kwargs):
+        """Views are taken of what there is."""
+        return None if args[0] is None else super().call_function(target, args, kwargs)
 
-def compiler(live, kernel):
+    def run_node(self, node):
+        """What is stored is made, but not computed. All else goes from register to register: None."""
+        if node.op != "call_function" or node.target in VIEWS:
+            return super().run_node(node)
+        make = lambda value: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+        return tree_map(make, node.meta["val"]) if node in self.stored else None
+
+def compiler(kernel):
     """A backend of torch.compile: inductor's choice of what is kept for the backward pass, but no code."""
 
     def compile_graph(graph, _):
-        region = Compiled(graph, live, kernel)
+        region = Compiled(graph, kernel)
 
         def call(inputs):
             results = region.boxed_run(inputs)
@@ -143,7 +148,7 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
     exceeds = lambda a, b: a != b and all(x >= y for x, y in zip(a, b))
     worst = [v for v in sorted(variants) if not any(exceeds(other, v) for other in variants)]
     live, fake, rows = LiveBytes(), FakeTensorMode(), train_gpt.chunk_rows
-    setup_compile(args.compile, torch.device("meta"), compiler(live, kernel))
+    setup_compile(args.compile, torch.device("meta"), compiler(kernel))
     model = make_model(c, vocab_size, "meta", dtype)
     model.checkpointing = args.checkpointing
     teacher = frozen(model) if c.distill else None
