@@ -208,8 +208,7 @@ set_up >&2
 case $command in
     data) cd "$caller" && exec "$venv_python" "$root/data/prepare.py" "$@" ;;
     test)
-        # Two files at a time, the longest first.
-        (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests/test_{resume,tracks,plan}.py tests
+        (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests # two files at a time
         exec "$venv_python" -m pytest "$@"
         ;;
     *)

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = "nano smoke nano_unlimited tiny limited two_hour unlimited unlimited_snapshots".split()
-SUITE = "-n 2 --dist loadfile --no-loadscope-reorder tests/test_resume.py tests"  # what `./run.sh test` runs
+SUITE = "-n 2 --dist loadfile --no-loadscope-reorder tests"  # what `./run.sh test` runs
 OURS = ("PET_", "TORCHELASTIC_", "CUDA_VISIBLE_DEVICES", "NPROC", "OMP_NUM_THREADS", "PYTHON", "CDPATH")
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
 
