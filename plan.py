@@ -49,7 +49,7 @@ def nbytes(tree):
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 class LiveBytes(TorchDispatchMode):
-    """Counts live storages' bytes by the `phase` in which they were made; `peak` is that of the largest sum."""
+    """Counts live storages' bytes by the `phase` that made them; `peak` is that of the largest sum."""
 
     def __init__(self):
         super().__init__()
