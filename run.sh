@@ -1,82 +1,88 @@
 #!/usr/bin/env bash
 # Slowrun: set-up and launch.
 #
-#   ./run.sh [TRACK] [FLAGS]     train; FLAGS go to train_gpt.py (./run.sh nano --help lists them)
-#   ./run.sh data NAME [FLAGS]   build a dataset: nano (a minute) or fineweb100M (a long download)
-#   ./run.sh test [ARGUMENTS]    run the tests; ARGUMENTS go to pytest
-#   ./run.sh --help              print this
+#   ./run.sh [TRACK] [FLAGS]    train (nano is the default); ./run.sh TRACK --help lists the flags
+#   ./run.sh TRACK --plan       what it would take, without training
+#   ./run.sh data NAME          build a dataset: nano (seconds) or fineweb100M (a long download)
+#   ./run.sh test [--all]       the tests, or the slow ones too; other arguments go to pytest
+#   ./run.sh runs               what is in runs/; commands take a run by its name there or by a path
+#   ./run.sh compare A B        two runs or records: is it a gain, and what differs
+#   ./run.sh eval RUN           scores a run again, or on another text
+#   ./run.sh sample RUN         lets it write; export RUN makes safetensors of it
+#   ./run.sh ruler RUN          scores it independently, as every record is
+#   ./run.sh add RUN...         files a record; beside it: check, render, diff, reproduce, power, efficiency
 #
-# TRACK is one of
-#   nano                                   the default: the full recipe on 1M tokens, minutes on two CPU cores
-#   smoke                                  one thirtieth of nano, for a first look
-#   nano_unlimited                         the same data, any compute: an ensemble of such models
-#   tiny                                   100M tokens on 8xH100 for 15 minutes
-#   limited                                the same for 60 minutes
-#   two_hour                               the same for 120 minutes
-#   unlimited                              100M tokens, up to 64 H100 for 7 days: an ensemble
-#   unlimited_snapshots                    the same by snapshots, of which held-out training tokens choose
-# ./run.sh TRACK --plan [FLAGS] says what it takes, without training. The tracks of 100M tokens need
-# ./run.sh data fineweb100M first.
+# All of these answer to --help. data/ and runs/ lie in this folder, wherever it is started from; nano tracks
+# build data/nano themselves. The first start makes .venv; requirements that have changed are installed anew.
 #
-# The first start makes .venv and installs requirements.txt into it, again only when that file changes; the
-# nano tracks build data/nano when it isn't there. data/ and runs/ lie in this folder, wherever it is started
-# from. One process is started for each visible GPU, and one when there is none, always through torchrun.
+# A run saves its state every five minutes, and goes on from there by itself when a process of it was killed.
+# Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 save and end it with 75: the same command with --resume goes on. Further
+# exit codes: 2 a mistake in the input, 3 a loss that is not finite, 4 a process that hangs, 128 + its signal.
 #
-# A run saves its state every five minutes. When one of its processes is killed, all start again from there.
-# SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 make it save one at once and exit with 75: the same command with
-# --resume goes on. A mistake in the input exits with 2, a loss that is not finite with 3, a process that does
-# not answer with 4, each with one line; what else ends by signal N exits with 128 + N.
-#
-# Environment
 #   PYTHON               the interpreter that makes .venv, 3.10 or newer (default: python3)
-#   NPROC                processes to start on this node (default: see above)
-#   OMP_NUM_THREADS      CPU threads for each process (default: the physical cores, shared out evenly)
+#   NPROC                processes on this node (default: one for each visible GPU, or one)
+#   OMP_NUM_THREADS      CPU threads of each process (default: the physical cores, shared out evenly)
 #   PET_MAX_RESTARTS     how often all start again after one was killed (default: 3)
-#   PET_...              torchrun's arguments, by its own convention; on each of 8 nodes, for example:
-#                        PET_NNODES=8 PET_RDZV_BACKEND=c10d PET_RDZV_ENDPOINT=HOST:29500 ./run.sh limited
+#   PET_...              torchrun's other arguments; cluster/README.md has those of several nodes
 #   PIP_EXTRA_INDEX_URL  https://download.pytorch.org/whl/cpu saves a machine without GPU the CUDA libraries
 set -euo pipefail
-caller=$PWD
-CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
-root=$PWD
+script=$(readlink -f "${BASH_SOURCE[0]}")
+root=${script%/*}
 venv_python=$root/.venv/bin/python
-
-# ---- Set-up --------------------------------------------------------------------------------------
 
 fail() {
     echo "error: $1" >&2
     exit 2
 }
 
-# The stamp is a copy of the requirements.txt that .venv holds. It is written last, so that an interrupted
-# installation is done again.
-installed() { [[ -x $venv_python ]] && cmp -s requirements.txt .venv/requirements.txt; }
+# ---- Set-up --------------------------------------------------------------------------------------
 
-set_up() {
-    ! installed || return 0
-    local python=${PYTHON:-python3}
+# .venv has a copy of each requirements file that it fulfils. The copy is written last, so that an interrupted
+# installation is done again.
+installed() { [[ -x $venv_python ]] && cmp -s "$root/$1" "$root/.venv/$1"; }
+
+find_python() { # .venv's own where there is one
+    python=$venv_python
+    ! "$python" -m pip --version &>/dev/null || return 0
+    python=${PYTHON:-python3}
     command -v "$python" >/dev/null ||
         fail "$python is missing; install it: sudo apt-get install python3-venv (macOS: brew install python)"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$python is older than Python 3.10; name a newer one: PYTHON=python3.12 ./run.sh"
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$python has no venv module; install it with: sudo apt-get install $(basename "$python")-venv"
-    echo "installing requirements.txt into .venv (once, some minutes)"
+}
+
+count_seconds() { # until it is ended, or this script has
+    while kill -0 $$ 2>/dev/null; do
+        printf '\rinstalling %s into .venv: %d s ' "$1" $SECONDS
+        sleep 1
+    done
+}
+
+install() {
+    ! installed "$1" || return 0
+    [[ -w $root && -w $root/requirements.txt ]] || fail "no permission to write in $root; use your own clone"
+    find_python
+    echo "installing $1 into .venv (once, some minutes)"
     # Of two starts at once the second waits here. flock(2) locks the open file, which this shell shares with
     # the process that asks for it: the lock lasts until descriptor 9 is closed; no crash leaves it behind.
-    exec 9>>requirements.txt
+    exec 9>>"$root/requirements.txt"
     "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
-    if ! installed; then
-        "$python" -m venv .venv
-        "$venv_python" -m pip install --disable-pip-version-check -r requirements.txt ||
-            fail "requirements.txt could not be installed (pip says why above); then start again"
-        cp requirements.txt .venv/requirements.txt.tmp
-        mv .venv/requirements.txt.tmp .venv/requirements.txt
+    if ! installed "$1"; then
+        [[ $python == "$venv_python" ]] || "$python" -m venv "$root/.venv"
+        local log=$root/.venv/pip.log code=0
+        [[ ! -t 1 ]] || { SECONDS=0 && count_seconds "$1"; } 9>&- & # it holds no lock
+        "$venv_python" -m pip install --disable-pip-version-check -r "$root/$1" &>"$log" || code=$?
+        [[ ! -t 1 ]] || { kill $! && wait $!; } 2>/dev/null || echo
+        ((!code)) || { tail -n 15 "$log" && fail "$1 could not be installed; more is in .venv/pip.log"; }
+        cp "$root/$1" "$root/.venv/$1.tmp"
+        mv "$root/.venv/$1.tmp" "$root/.venv/$1"
     fi
     exec 9>&-
 }
 
-# ---- Launch --------------------------------------------------------------------------------------
+# ---- Ranks and threads ---------------------------------------------------------------------------
 
 visible_gpus() {
     local gpus
@@ -88,81 +94,14 @@ visible_gpus() {
 }
 
 physical_cores() {
-    if [[ $(uname) == Darwin ]]; then
-        sysctl -n hw.physicalcpu
-    else # nproc: no more than this process may use
-        { lscpu -p=CORE,SOCKET | grep -v '^#' | sort -u | wc -l; nproc; } | sort -n | head -1
-    fi
+    [[ $(uname) != Darwin ]] || { sysctl -n hw.physicalcpu && return; }
+    { lscpu -p=CORE,SOCKET | grep -v '^#' | sort -u | wc -l; nproc; } | sort -n | head -1 # nproc: may be used
 }
 
-# torchrun with three differences. Signals are passed on, for the ranks to save a state and end the run, and
-# nobody is killed for taking his time. Only the death of a rank makes it start all of them again. Its report
-# of a failed rank, which has spoken for itself, is left out; the exit code is that rank's.
-torchrun='
-import sys
-sys.path.pop(0)  # the directory it is started from
-import ctypes, functools, logging, os, signal
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an interrupted import
-from torch.distributed import launcher, run
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
-for module in "multiprocessing.api", "agent.server.api":
-    logging.getLogger("torch.distributed.elastic." + module).setLevel(logging.CRITICAL)
-
-def end_with_parent():
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives this process
-
-subprocess_handler.Popen = functools.partial(subprocess_handler.Popen, preexec_fn=end_with_parent)
-
-class Agent(LocalElasticAgent):
-    stopped = False
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        for number in signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                signal.signal(number, self.pass_on)
-
-    def pass_on(self, number, frame):
-        Agent.stopped, self._remaining_restarts = True, 0
-        ranks = self._pcontext.subprocess_handlers.values() if self._pcontext else ()
-        running = [rank.proc for rank in ranks if rank.proc.poll() is None]
-        for process in running:
-            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-        if not running:
-            sys.exit(128 + number)
-
-    def _monitor_workers(self, group):
-        result = super()._monitor_workers(group)
-        codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        killed = [rank for rank in codes if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]
-        if codes and (max(codes.values()) > 0 or not killed):
-            self._remaining_restarts = 0
-        elif codes and self._remaining_restarts:
-            name = signal.Signals(-codes[killed[0]]).name
-            print(f"rank {killed[0]} was ended by {name}; starting again from the last state", file=sys.stderr)
-        return result
-
-launcher.api.LocalElasticAgent = Agent
-try:
-    run.main()
-except ChildFailedError as report:
-    rank, failure = report.get_first_failure()
-    code = failure.exitcode
-    if code == 4:  # the ranks that could not reach it have ended; it had to be killed
-        hung = [rank for rank, failure in report.failures.items() if failure.exitcode == -signal.SIGKILL]
-        named = ", ".join(map(str, hung)) or "of another node"
-        print(f"error: rank {named} does not answer; --resume goes on from the last state", file=sys.stderr)
-    if code < 0 and not Agent.stopped:
-        print(f"error: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-    sys.exit(code if code > 0 else 128 - code)
-'
-
-launch() {
-    export PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-${NPROC:-$(visible_gpus)}}
-    [[ $PET_NPROC_PER_NODE != 0 ]] || PET_NPROC_PER_NODE=1
+set_environment() { # for cluster/torchrun.py
+    local gpus
+    gpus=$(visible_gpus)
+    export PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-${NPROC:-$((gpus ? gpus : 1))}}
     if [[ ! ${OMP_NUM_THREADS-} && $PET_NPROC_PER_NODE =~ ^[0-9]+$ ]]; then
         OMP_NUM_THREADS=$(($(physical_cores) / PET_NPROC_PER_NODE))
         export OMP_NUM_THREADS=$((OMP_NUM_THREADS > 0 ? OMP_NUM_THREADS : 1))
@@ -171,48 +110,61 @@ launch() {
     export PET_MAX_RESTARTS=${PET_MAX_RESTARTS:-3} PET_SIGNALS_TO_HANDLE=''
     # Without it the ranks of a second start may read the addresses that those of the first left in the store.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-    cd "$caller"
-    exec "$venv_python" -c "$torchrun" "$root/train_gpt.py" "$@"
+    ((!gpus)) || return 0 # on a CPU glibc keeps what tensors free: to fault it in anew took a tenth of a step
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-2147483647}
 }
 
 # ---- Commands ------------------------------------------------------------------------------------
 
-command=nano
-if [[ $# -gt 0 && ($1 != -* || $1 == -h || $1 == --help) ]]; then
-    command=$1
-    shift
-fi
-case $command in
-    -h | --help) exec sed -n '2,/^set /s/^# \{0,1\}//p' run.sh ;;
-    nano | smoke | nano_unlimited | test) dataset=nano ;;
-    tiny | limited | two_hour | unlimited | unlimited_snapshots | data) dataset='' ;; # no 100M by surprise
-    *) fail "no track '$command'; choose from: nano smoke nano_unlimited tiny limited two_hour unlimited\
- unlimited_snapshots" ;;
-esac
-plan=''
-for flag; do
-    shift
-    case $flag in
-        -h | --help) dataset='' NPROC=1 ;;
-        --data | --data=* | --eval | --eval=*) dataset='' ;; # these bring their data
-        --plan)
-            dataset='' plan=yes
-            continue # it goes to no program
-            ;;
-    esac
-    set -- "$@" "$flag"
-done
+number() { # is $1 unset, empty, or a number from 1?
+    [[ ! ${!1-} || ${!1} =~ ^[1-9][0-9]{0,3}$ ]] || fail "$1=${!1} is no number from 1 to 9999"
+}
 
-set_up >&2
-[[ ! $dataset || -d data/$dataset ]] || "$venv_python" data/prepare.py "$dataset"
+command=nano dataset=''
+[[ $# == 0 || ($1 == -* && $1 != -h && $1 != --help) ]] || { command=$1 && shift; }
 case $command in
-    data) cd "$caller" && exec "$venv_python" "$root/data/prepare.py" "$@" ;;
+    -h | --help)
+        sed -n '2,/^set /s/^# \{0,1\}//p' "$script"
+        echo
+        exec sed -n 's/^"\([a-z_]*\)": .*"rule": "\(.*\)"}.*/\1: \2/p' "$root/records/tracks.json" ;;
+    compare | add | check | render | diff | reproduce | runs | power | efficiency)
+        program=("$root/records/leaderboard.py" "$command") ;;
+    ruler) program=("$root/records/ruler.py") ;;
+    eval) program=("$root/records/ruler.py" eval) ;;
+    sample) program=("$root/sample.py") ;;
+    export) program=("$root/sample.py" export) ;;
+    data)
+        program=("$root/data/prepare.py")
+        [[ ${1-} =~ ^(nano|fineweb100M|verify$|-) ]] || fail "no dataset '${1-}': name nano or fineweb100M" ;;
     test)
-        (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder tests # two files at a time
-        exec "$venv_python" -m pytest "$@"
-        ;;
+        dataset=nano program=(-m pytest -n 2 --dist loadfile --no-loadscope-reorder "$root/tests")
+        for argument; do
+            file=${argument%%::*}
+            [[ -e $file || $file != *.py ]] || fail "no file $file to test"
+            [[ ! -e $file ]] || program=(-m pytest)
+        done ;;
     *)
-        [[ $plan ]] || launch --track "$command" "$@"
-        cd "$caller" && exec "$venv_python" "$root/plan.py" --track "$command" "$@"
-        ;;
+        program=("$root/cluster/torchrun.py" "$root/train_gpt.py" --track "$command")
+        tracks=$(sed -n 's/^"\([a-z_]*\)": .*"dataset": "\([^"]*\)".*/\1 \2/p' "$root/records/tracks.json")
+        while read -r track data; do [[ $track != "$command" ]] || dataset=$data; done <<<"$tracks"
+        [[ $dataset ]] || fail "no track '$command'; choose from: $(cut -d ' ' -f 1 <<<"$tracks" | xargs)"
+        number NPROC
+        number OMP_NUM_THREADS
+        for flag; do
+            shift
+            case $flag in
+                --track | --track=*) fail "the track is the first word, as in ./run.sh limited" ;;
+                -h | --help) dataset='' NPROC=1 ;;
+                --data | --data=*) dataset='' ;; # it brings its data
+                --plan) dataset='' program=("$root/plan.py" --track "$command") ;;
+            esac
+            [[ $flag == --plan ]] || set -- "$@" "$flag" # it goes to no program
+        done ;;
 esac
+
+install requirements.txt >&2
+[[ $command != test ]] || install requirements-test.txt >&2
+# fineweb100M is not built by surprise.
+[[ $dataset != nano || -d $root/data/nano ]] || "$venv_python" "$root/data/prepare.py" nano
+[[ ${program[0]} != */torchrun.py ]] || set_environment
+exec "$venv_python" "${program[@]}" "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Slowrun on Slurm: sbatch --nodes 4 --gpus-per-node 8 --time 24:00:00 cluster/slurm.sh TRACK [FLAGS]
 #
-# TRACK and FLAGS are those of ./run.sh. The job's run is runs/slurm_JOB, on a folder that all nodes share. Five
-# minutes before the time is up, or when it is preempted (PreemptMode=REQUEUE), the job saves a state and is
-# queued again; it goes on with its run when it starts again, also after `scontrol requeue JOB` and when a node
-# has failed. `scancel JOB` ends it, with a state saved.
+# TRACK and FLAGS are those of ./run.sh. The job's run is runs/slurm_JOB, on a folder that all nodes share.
+# Five minutes before the time is up, or when it is preempted (PreemptMode=REQUEUE), the job saves a state and
+# is queued again; it goes on with its run when it starts again, also after `scontrol requeue JOB` and when a
+# node has failed. `scancel JOB` ends it, with a state saved.
 #SBATCH --job-name=slowrun
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue

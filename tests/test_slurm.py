@@ -9,13 +9,12 @@ import time
 
 import pytest
 from test_resume import MACHINE, RUN, assert_equal, steps_logged, wait_for
-from test_run import ENVIRONMENT, ROOT, make_project, project, run_sh
+from test_run import ENVIRONMENT, ROOT, make_project, project, run_sh  # noqa: F401
 
 TOOLS = "munged slurmctld slurmd sbatch scontrol".split()
 pytestmark = pytest.mark.skipif(
     not os.environ.get("SLOWRUN_SLURM") or os.geteuid() != 0 or not all(map(shutil.which, TOOLS)),
     reason="starts Slurm's daemons: only with SLOWRUN_SLURM=1, Slurm installed, as root")
-
 
 @pytest.fixture
 def slurm(tmp_path):
@@ -73,14 +72,12 @@ def slurm(tmp_path):
             daemon.terminate()
             daemon.wait()
 
-
 @pytest.fixture
 def clone(project, tmp_path):
     clone = make_project(tmp_path / "clone")
     shutil.copytree(project / "data/short", clone / "data/short")
-    shutil.copytree(ROOT / "cluster", clone / "cluster")
+    shutil.copytree(ROOT / "cluster", clone / "cluster", dirs_exist_ok=True)
     return clone
-
 
 def comes_to(slurm, job, state, seconds=100):
     """Waits for a state of the job; -> how often it has been started again."""
@@ -92,7 +89,6 @@ def comes_to(slurm, job, state, seconds=100):
         assert now in ("PENDING", "RUNNING", "COMPLETING"), shown
         time.sleep(1)
     raise AssertionError(shown)
-
 
 def test_a_requeued_job_goes_on(slurm, clone):
     """By hand; and when there are less than the five minutes left at which Slurm is to send SIGUSR1."""
@@ -109,7 +105,6 @@ def test_a_requeued_job_goes_on(slurm, clone):
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
     assert comes_to(slurm, job, "COMPLETED", seconds=600) == 2
     assert_equal(run, clone / "runs/unbroken")
-
 
 def test_a_cancelled_job_ends(slurm, clone):
     """Its run can go on by hand."""
