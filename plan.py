@@ -10,8 +10,9 @@ the track's cap holds. It is what one runs before renting a node, and needs neit
 It takes all flags of train_gpt.py, which say what the run is. Memory is the most that the tensors of a rank
 hold at once in a training step; of a GPU what torch.cuda.max_memory_allocated says. To find it, the step of
 train_gpt.py is run on fake tensors, which have shapes and no values. Its parts at that moment: weights,
-gradients, the optimizer's state and the teacher, which stay; activations, all that the forward pass has made;
-temporaries, what backward pass and optimizer have. CUDA, NCCL and the allocator's fragments come on top.
+gradients, the optimizer's state and the teacher, which stay; episode, the weights that one sets aside;
+activations, all that the forward pass has made; temporaries, what backward pass and optimizer have. CUDA,
+NCCL and the allocator's fragments come on top.
 """
 import functools
 import itertools
@@ -35,9 +36,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import train_gpt
-from train_gpt import (ATTENTION, CAPS, Mode, Noise, Optimizer, Team, check_batch, draw_noise, fail,
-                       flops_per_token, make_model, make_parser, frozen, member_schedule, parse_args,
-                       pick_device, setup_compile)
+from harness import check_batch
+from logbook import Team, fail, make_parser, parse_args, pick_device, rules
+from train_gpt import (
+    ATTENTION,
+    TRACKS,
+    Config,
+    Episodes,
+    Mode,
+    Noise,
+    Optimizer,
+    draw_noise,
+    flops_per_token,
+    frozen,
+    make_model,
+    member_schedule,
+    setup_compile,
+)
 
 # Vocabulary, training tokens and machine, for plans that are made before there is the data.
 DATASETS = {"nano": (4096, 1_000_000, "cpu"), "fineweb100M": (50257, 100_000_000, "cuda")}
@@ -152,7 +167,7 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
     noise = Noise(*map(fake.from_tensor, draw_noise(c, 0, range(args.device_batch), dtype)))
     with (
         mock.patch.dict(ATTENTION, cpu=ATTENTION[kernel]),
-        mock.patch.multiple(train_gpt, dist=NoNetwork(), DeviceMesh=NoNetwork(),
+        mock.patch.multiple(train_gpt, dist=NoNetwork(),
                             chunk_rows=lambda vocab_size, _: rows(vocab_size, torch.device(kernel))),
         fake, live,
     ):
@@ -161,20 +176,26 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
                 fresh = torch.empty(p.shape, dtype=p.dtype)
                 setattr(module, name, nn.Parameter(fresh, requires_grad=p.requires_grad))
         optimizer = Optimizer(model, c, dtype, team)
+        episodes = Episodes(c, optimizer, args.device_batch)
+        last = c.batch_sequences // team.size == c.meta_sequences
         for *mode, ahead, taught in 2 * worst:  # a second step meets what the first has left
-            mode, live.phase = Mode(*mode), "forward"
+            mode, live.phase = Mode(*mode), "episode"
+            with torch.no_grad():
+                episodes.try_step(1.0, last)  # what it sets aside is there while the second half is computed
+            live.phase = "forward"
             sequences = torch.zeros(args.device_batch, c.seq_len + 1, dtype=torch.int64)
             lesson = teacher.teach(sequences, mode) if taught else None
             total, _ = model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)
             live.phase = "backward"
             total.backward()
+            episodes.put_back(last=True)
             optimizer.step(1.0, 1.0, 0.95, 1, float(c.average_kind != "probs"))
         groups = optimizer.groups
     memory = {"weights": nbytes([group.values for group in groups]),
               "gradients": nbytes([group.grads for group in groups]),
-              "optimizer": nbytes([[group.state for group in groups], optimizer.inner_states()]),
+              "optimizer": nbytes([(g.state, g.inner and g.inner.state_dict()) for g in groups]),
               "teacher": nbytes(list(teacher.parameters())) if teacher else 0,
-              "activations": live.peak["forward"]}
+              "episode": live.peak["episode"], "activations": live.peak["forward"]}
     return memory | {"temporaries": live.peak.total() - sum(memory.values())}
 
 
@@ -190,13 +211,15 @@ def matmul_peak(dtype):
     return 2 * 2048 ** 3 / min(times)
 
 def main(argv=None):
-    parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(Config, TRACKS, argv)
     parser.description = __doc__
     add = parser.add_argument_group("the machine").add_argument
     add("--ranks", type=int, metavar="N", help="GPUs, or processes of a CPU (default 8 GPUs, 1 process)")
     add("--mfu", type=float, default=0.42, help="the share of the peak that training reaches (default 0.42)")
     add("--price", type=float, default=3.0, help="dollars per hour of a GPU (default 3)")
-    c, args = parse_args(argv, parser)
+    args = parse_args(Config, TRACKS, argv, parser)
+    c = Config(**args.fields)
     vocab_size, tokens, kernel = DATASETS.get(c.dataset) or fail(f"a plan knows {', '.join(DATASETS)}")
     ranks = (1 if kernel == "cpu" else 8) if args.ranks is None else args.ranks
     team_size = args.ranks_per_member or ranks
@@ -229,8 +252,8 @@ def main(argv=None):
     seconds = flops / (args.mfu * peak * ranks)
     kept = c.average if c.members == 1 and c.average_kind == "probs" else c.members
     state = memory["weights"] + team_size * memory["optimizer"]
-    field, cap = CAPS.get(args.track, ("training_flops", math.inf))
-    used = {"training_flops": flops, "train_seconds": seconds, "gpu_seconds": seconds * ranks}[field]
+    field, cap = next(iter(rules(args.track)["cap"].items()), ("training_flops", math.inf))
+    used = {"training_flops": flops, "gpu_seconds": seconds * ranks}[field]
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     one, size = schedules[-1], lambda count: f"{count / 2 ** 30:,.3f} GiB"
     print("\n".join(f"{name:<12} {text}" for name, text in [

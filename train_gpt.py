@@ -1,23 +1,15 @@
 """
 Slowrun: the lowest validation loss on a fixed 100M tokens, with as much compute as the track allows.
 
-This file is the contestant: model, optimizer, data order, schedules, scoring and the loop, in reading order.
+This file is the contestant, yours to change: model, optimizer, data order, schedules, ensemble and loop, in
+reading order. What no submission may change is in harness.py: tokens, score, clock, caps, states.
 
-    ./run.sh                        the nano track: a laptop CPU, minutes
+    ./run.sh                        the nano track: any machine, under an hour
     ./run.sh smoke                  a thirtieth of it, for a first look
+    ./run.sh nano --dropout 0.05    every field of Config is a flag; ./run.sh nano --help lists them
     ./run.sh limited --seed 43      8xH100, one hour (after ./run.sh data fineweb100M)
-    ./run.sh limited --resume       goes on with a run that was interrupted, as if it had not been
     ./run.sh unlimited --plan       what it would take: parameters, memory, hours, money
-    ./run.sh nano --eval RUN        scores a run again from its checkpoints
     torchrun --standalone --nproc-per-node 8 train_gpt.py --track limited
-    python train_gpt.py --track nano --config records/published/limited_07.json
-
-It trains on any number of ranks, one process per GPU or CPU process, and writes runs/<name>/:
-
-    train_gpt.py   the source that ran            log.txt          source, environment, config, console
-    metrics.jsonl  every step and evaluation      checkpoints/     the members of the predictor
-    result.json    the score and what it took     doc_losses.npz   loss per document of val and audit
-    loss.svg       training and validation loss   state/           what --resume goes on from
 
 A run is a pure function of its configuration and seed. No random generator has a state: which tokens a step
 sees and which activations it drops follow from (seed, position in the stream), so neither the number of ranks
@@ -28,34 +20,17 @@ from. A run trains one model, or several members one after another, each of whic
 before. Shapes: B sequences, T tokens each, C = n_embd channels, H heads of D = C / H channels, V tokens in
 the vocabulary.
 """
-import argparse
 import copy
-import ctypes
 import dataclasses
-import errno
-import fcntl
 import functools
 import gc
-import hashlib
-import importlib
-import inspect
-import io
 import itertools
 import json
 import math
-import os
-import platform
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,111 +39,115 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
+from harness import Run, compile_parts, foreign_optimizer
+from logbook import check_digest, check_field, fail, launch, write_json
+
 SOURCE = Path(__file__).read_bytes()  # read first: the log holds what ran, whatever is edited meanwhile
-SOURCE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
 
 # ---- Config and tracks -------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """What a run is. Each field is also a flag; its comment is the help, led by the values it may take."""
     # data
-    dataset: str = "fineweb100M"      # the folder under data/ with the tokens
+    dataset: str = "fineweb100M"      # the folder under data/ that holds the tokens
     seq_len: int = 2048               # [16, 65536] T: tokens that a sequence feeds to the model
     batch_tokens: int = 524288        # [16, 100000000] tokens per optimizer step, all ranks together
-    batch_tokens_ends: int = 0        # [0, 100000000] in a chain's first and last quarter; 0: no difference
+    batch_tokens_ends: int = 0        # [0, 100000000] the same in a chain's outer quarters; 0: no change
     epochs: int = 11                  # [1, 9999] passes over the training tokens, for each member
     shuffle: str = "document"         # {document, sequence, none} what is permuted anew in every epoch
-    fitness_tokens: int = 0           # [0, 100000000] training tokens set aside to weigh members by
+    fitness_tokens: int = 0           # [0, 100000000] training tokens set aside, by which --top selects
     # model
     n_layer: int = 30                 # [2, 1000] transformer blocks, an even number: half encode, half decode
     n_head: int = 14                  # [1, 1000] attention heads
     n_embd: int = 1792                # [32, 100000] C: width of the residual stream
     mlp: str = "swiglu"               # {swiglu, relu2} the feed-forward layer
     softcap: float = 10.0             # [1, 40] logits are bounded to +-softcap by a tanh
-    windows: str = "SSSL"             # short and long layers, repeated; the last one is long
-    window_stages: str = "1:0.5/1"    # epoch:short/long ..., shares of seq_len; YaRN when it grows
-    rope: str = "full"                # {full, half} half: half of the rotary pairs stand still
-    key_offset: bool = False          # half of each key of a long layer is that of the position before
+    window_stages: tuple = ((1, 0.5, 1),)  # (epoch,short,long) shares of T that layers see; YaRN at growth
+    rope: str = "full"                # {full, half} half: half the rotary pairs stand still; key offset
     unet_skips: bool = True           # decoder layers also take the output of their encoder twin (#5)
-    values: str = "proj"              # {proj, table, none} every second layer adds a projected embedding (#3)
+    values: str = "proj"              # {proj, table, none} embedding added to every second layer's v (#3)
     head_gate: bool = True            # a sigmoid gate per head, from the first 12 channels (#6)
     head_mixing: bool = True          # heads are learned mixtures of heads, IHA (#17)
-    xsa: str = "none"                 # {none, learned, fixed} takes out what points along the own value
-    xsa_layers: int = 1000            # [0, 1000] the first so many layers do
+    xsa: str = "none"                 # {none, learned, fixed} attention less its part along the own value
+    xsa_layers: int = 1000            # [0, 1000] number of layers, from the first, that use --xsa
     mtp: str = "block"                # {block, head, none} a block predicts the token after the next (#16)
-    mtp_weight: float = 0.3           # [0, 10] the block's share in the training loss
-    mtp_until: float = 0.66           # [0.01, 1] head: share of the steps with more than one target
-    replay: str = "15-20"             # layers that are run again, first-last (#7); none: no layer
-    replay_passes: int = 3            # [1, 100] how often they are run in all (#8)
-    replay_from: int = 7              # [1, 10000] the epoch from which they are replayed
-    passes: int = 1                   # [1, 10] of the whole network; the gradient goes through the last
-    passes_from: float = 0.7          # [0, 1] the share of the steps before there is more than one
-    lam_init: float = 1.0             # [0, 10] what the stream is multiplied by before each block, at first
-    out_init: str = "normal"          # {normal, zero} the last matrix of attention and MLP (#14)
+    replay: str = "15-20"             # first-last layer of those that are run several times (#7), or none
+    replay_passes: int = 3            # [1, 100] how often the layers of --replay are run in all (#8)
+    replay_from_epoch: int = 7        # [1, 10000] the epoch from which layers are replayed
+    passes: int = 1                   # [1, 10] of the network after 70% of the steps, gradient in the last
+    lam_init: float = 1.0             # [0, 10] initial factor of the stream before each block
+    out_init: str = "normal"          # {normal, zero} initial last matrix of attention and MLP (#14)
     # regularisation
-    dropout: float = 0.1              # [0, 0.9] on the outputs of attention and MLP
-    dropout_mlp: bool = True          # on those of the MLP too
-    stochastic_depth: float = 0.05    # [0, 0.9] chance to skip the last layer, down to 0 at the first (#15)
+    dropout: float = 0.05             # [0, 0.9] on the outputs of attention and MLP
+    dropout_mlp: bool = True          # dropout on the outputs of the MLP too
+    stochastic_depth: float = 0.0     # [0, 0.9] chance to skip the last layer, down to 0 at the first (#15)
     weight_decay: float = 1.3         # [0, 100] of matrices, embedding and head
-    wd_scale: float = 1.0             # [0, 100] multiplies it, as the model's size wants
-    wd_matrix: float = 1.0            # [0, 1000] multiplies that of the matrices, as their optimizer wants
-    wd_schedule: str = "antiphase"    # antiphase to the lr (#20), constant, or epoch:multiplier ...
+    wd_scale: float = 1.0             # [0, 100] multiplies the weight decay, as the model's size wants
+    wd_matrix: float = 1.0            # [0, 1000] multiplies the matrices' decay, as their optimizer wants
+    wd_schedule: tuple = ()           # (epoch,multiplier) of the decay; none: against the learning rate (#20)
     # optimizer
     optimizer: str = "muon"           # of the matrices: muon, adamw, or package.module:Class
-    optimizer_args: str = "{}"        # of that class, as JSON
-    lr_scale: float = 0.25            # [0, 1000] multiplies the learning rates below, but for lr_mixing
-    lr_matrix: float = 0.04           # [0, 1000] all matrices inside blocks
-    lr_embed: float = 0.15            # [0, 1000] AdamW: token embedding
-    lr_head: float = 0.002            # [0, 1000] AdamW: output head
-    lr_scalar: float = 0.1            # [0, 1000] AdamW: residual scalars (lambda and skips take 1% of it)
-    lr_mixing: float = 0.02           # [0, 1000] AdamW: head mixing
-    gate_optimizer: str = "muon"      # {muon, adamw} of the gates; adamw by lr_scalar, without decay
+    optimizer_args: str = "{}"        # arguments of the class that --optimizer names, as JSON
+    lr_scale: float = 0.25            # [0, 1000] multiplies the learning rates below
+    lr_matrix: float = 0.04           # [0, 1000] learning rate of all matrices inside blocks
+    lr_embed: float = 0.15            # [0, 1000] learning rate of the token embedding (AdamW)
+    lr_head: float = 0.002            # [0, 1000] learning rate of the output head (AdamW)
+    lr_scalar: float = 0.1            # [0, 1000] learning rate of residual scalars; lambda, skips: 1% (AdamW)
+    gate_optimizer: str = "muon"      # {muon, adamw} of the head gates; adamw by lr_scalar, without decay
     row_norm: bool = True             # Muon normalises the rows of its update first, MuonEq-R (#18)
     momentum_warmup: int = 300        # [0, 100000] steps in which Muon's momentum rises from 0.85 to 0.95
     grad_clip: float = 0.0            # [0, 1000] the gradient's largest norm; 0: any
     warmdown: float = 0.2             # [0, 1] share of the steps over which the learning rate falls
-    warmdown_power: float = 0.5       # [0.01, 10] shape of the fall: 1 is linear, 0.5 a square root (#20)
-    lr_floor: float = 0.0             # [0, 1] what it falls to
+    warmdown_power: float = 0.5       # [0.01, 10] shape of the warmdown: 1 linear, 0.5 a square root (#20)
+    lr_floor: float = 0.0             # [0, 1] share of the learning rate that is left after the warmdown
     cycles: int = 3                   # [0, 10000] epochs at the end with a cosine cycle of the lr each (#13)
-    # the predictor
+    # meta-gradient
+    meta_norm: float = 0.5            # [0, 1000] length of an episode's trial step, absolute (#21); 0: none
+    meta_schedule: str = "warmdown"   # {warmdown, constant} of that length: falls as the lr, without cycles
+    meta_matrices: str = "all"        # {all, mlp} matrices that take the trial step, all as one vector
+    meta_sequences: int = 32          # [2, 100000] consecutive sequences of a step that make an episode
+    # predictor
     average: int = 3                  # [1, 10000] epochs at the end whose checkpoints are averaged (#12)
-    average_weights: str = "recency"  # {recency, equal} their weights: 1, 2, 3, ... or all the same
+    average_weights: str = "recency"  # {recency, equal} weights of those epochs: 1, 2, 3, ... or all the same
     average_kind: str = "probs"       # {probs, weights, ema, blend} what is averaged, and how
-    keep_final: float = 0.7           # [0, 1] blend: share of the last weights; the rest is an EMA
-    # the ensemble
+    keep_final: float = 0.7           # [0, 1] --average-kind blend: share of the last weights, beside an EMA
+    # ensemble
     members: int = 1                  # [1, 9999] models, trained one after another and mixed
-    first_epochs: int = 0             # [0, 9999] epochs of members that have no teacher; 0: as the others
+    first_epochs: int = 0             # [0, 9999] epochs of members that have no teacher; 0: as --epochs
     drop_first: bool = False          # the first member only teaches
     distill: float = 0.0              # [0, 0.99] alpha: the teacher's share in the loss
     temperature: float = 1.0          # [1, 100] at which teacher and student are compared
-    distill_from: int = 1             # [1, 10000] members of a chain before the first that has a teacher
+    distill_after_members: int = 1    # [1, 10000] members of a chain before the first that has a teacher
     restarts: bool = False            # a member goes on from the weights of the one before: snapshots
-    perturb: float = 0.0              # [0, 10] noise between snapshots, in standard deviations, at first
-    perturb_last: float = 0.05        # [0, 10] and at last
+    perturb: float = 0.0              # [0, 10] standard deviations of noise after snapshot 1; falls to 0.05
     top: int = 0                      # [0, 10000] members that fitness tokens select; 0: all of them
     mix: str = "probs"                # {probs, logits} what the mixture of members averages
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            check_field(field, getattr(self, field.name))
+            check_field(self, field)
+        if not re.fullmatch(r"none|\d+-\d+", self.replay):
+            fail(f"--replay {self.replay}: write it as 15-20, or none")
+        if not re.fullmatch(r"muon|adamw|[\w.]+:\w+", self.optimizer):
+            fail(f"--optimizer {self.optimizer}: write it as muon, adamw or torch.optim:Adafactor")
         if self.n_embd % self.n_head:
             fail(f"--n-head {self.n_head} does not divide --n-embd {self.n_embd}")
         if self.head_dim % 4:
             fail(f"heads of {self.head_dim} channels: rotary pairs need a multiple of 4; change --n-head")
         if self.n_layer % 2:
             fail(f"--n-layer {self.n_layer} is odd; the U-Net needs an even number of layers")
+        if self.meta_sequences % 2:
+            fail(f"--meta-sequences {self.meta_sequences} is odd; an episode has two halves")
         for flag, tokens in ("", self.batch_tokens), ("-ends", self.batch_tokens_ends):
             if tokens % self.seq_len:
                 fail(f"--batch-tokens{flag} {tokens} is not a multiple of --seq-len {self.seq_len}")
+        if not self.window_stages or self.window_stages[0][0] != 1 or not all(
+                0 < share <= 1 for _, *shares in self.window_stages for share in shares):
+            fail(f"--window-stages {self.window_stages}: the first epoch is 1, shares are over 0, up to 1")
         if max(self.cycles, self.average) > (epochs := min(self.epochs, self.first_epochs or self.epochs)):
             fail(f"--cycles {self.cycles} and --average {self.average}: a member has {epochs} epochs")
         first, last = self.replayed or (self.n_layer // 2, self.n_layer // 2)
@@ -179,7 +158,7 @@ class Config:
         if self.restarts and self.average_kind != "probs":
             fail("--restarts goes on from a member's last weights: --average-kind probs")
         if self.optimizer_args != "{}" and ":" not in self.optimizer:
-            fail(f"--optimizer-args are for a class, as {FORMS['optimizer'][1]}; {self.optimizer} takes none")
+            fail(f"--optimizer-args are for a class, as torch.optim:Adafactor; {self.optimizer} takes none")
         if self.top and not self.fitness_tokens > self.seq_len:
             fail("--top selects by --fitness-tokens, which must hold a sequence or more")
 
@@ -196,7 +175,7 @@ class Config:
     def batch_sequences(self):
         return self.batch_tokens // self.seq_len
 
-    @property
+    @functools.cached_property
     def replayed(self):
         """The first and the last replayed layer, or None."""
         return None if self.replay == "none" else tuple(map(int, self.replay.split("-")))
@@ -206,11 +185,12 @@ class Config:
         return self.values != "none" and layer % 2 == (self.n_layer - 1) % 2
 
     def long_layer(self, layer):
-        return layer >= self.n_layer - 1 or self.windows[layer % len(self.windows)] == "L"
+        """Every fourth layer sees far, and so does the last."""
+        return layer % 4 == 3 or layer >= self.n_layer - 1
 
     def window(self, layer, stage):
         """Keys before its own that a layer's tokens see; in the MTP block (n_layer) the whole context."""
-        _, short, long = knots(self.window_stages)[stage]
+        _, short, long = self.window_stages[stage]
         share = 1 if layer == self.n_layer else long if self.long_layer(layer) else short
         return max(1, round(share * self.seq_len))
 
@@ -225,105 +205,45 @@ class Config:
     def member(self, link, links):
         """The configuration of a member by its place in its chain, from 0, of `links`."""
         changes = {}
-        if link < self.distill_from:
+        if link < self.distill_after_members:
             changes["distill"] = 0.0
             if self.first_epochs:
-                before_replay = -(-(self.replay_from - 1) * self.first_epochs // self.epochs)
-                changes |= {"epochs": self.first_epochs, "replay_from": before_replay + 1}
+                before_replay = -(-(self.replay_from_epoch - 1) * self.first_epochs // self.epochs)
+                changes |= {"epochs": self.first_epochs, "replay_from_epoch": before_replay + 1}
         if self.batch_tokens_ends and abs(2 * link / max(1, links - 1) - 1) > 0.5:
             changes["batch_tokens"] = self.batch_tokens_ends
         return dataclasses.replace(self, **changes)
 
 # A track is a row: the fields in which its preset differs from the defaults above, the limited track's.
 NANO = dict(dataset="nano", seq_len=512, batch_tokens=8192, epochs=7, n_layer=4, n_head=2, n_embd=192,
-            window_stages="1:0.25/1", replay="2-2", replay_from=5, lr_scale=4.0, wd_scale=0.154, cycles=2,
-            average=2)
-UNLIMITED = dict(n_head=16, n_embd=2048, softcap=15.0, replay="15-24", replay_passes=5, stochastic_depth=0.0,
-                 warmdown_power=1.0, cycles=0, average=1, grad_clip=1.0)
+            window_stages=[(1, 0.25, 1)], replay="2-2", replay_from_epoch=5, lr_scale=4.0, wd_scale=0.154,
+            cycles=2, average=2, dropout=0.1, stochastic_depth=0.05, meta_norm=0.0, meta_sequences=16)
+UNLIMITED = dict(n_head=16, n_embd=2048, softcap=15.0, replay="15-24", replay_passes=5, dropout=0.1,
+                 warmdown_power=1.0, cycles=0, average=1, grad_clip=1.0, meta_norm=0.0)
 TRACKS = {
     "nano": NANO,
-    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, epochs=1, replay="1-1", replay_from=1, cycles=1,
-                         average=1),
-    "tiny": dict(n_layer=16, n_head=8, n_embd=1024, softcap=15.0, rope="half", key_offset=True,
-                 head_mixing=False, xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1,
-                 out_init="zero", dropout_mlp=False, stochastic_depth=0.0, weight_decay=0.8,
-                 wd_schedule="2:1 8:0.125 15:1.1625", lr_scale=0.8, lr_head=0.001, lr_scalar=0.25,
+    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, epochs=1, replay="1-1", replay_from_epoch=1,
+                         cycles=1, average=1),
+    "tiny": dict(n_layer=16, n_head=8, n_embd=1024, softcap=15.0, rope="half", head_mixing=False,
+                 xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1,
+                 out_init="zero", dropout=0.1, dropout_mlp=False, weight_decay=0.8,
+                 wd_schedule=[(2, 1), (8, 0.125), (15, 1.1625)], lr_scale=0.8, lr_head=0.001, lr_scalar=0.25,
                  gate_optimizer="adamw", row_norm=False, epochs=15, warmdown=0.4, warmdown_power=1.0,
-                 cycles=4, average=4, average_kind="weights"),
+                 cycles=4, meta_schedule="constant", meta_matrices="mlp", average=4, average_kind="weights"),
     "limited": {},
-    "two_hour": dict(window_stages="1:0.125/0.375 7:0.375/0.875 14:0.625/1", replay_from=14, epochs=22,
-                     cycles=8, average=11),
-    "nano_unlimited": NANO | dict(n_embd=128, epochs=4, replay_from=3, average=1, members=8, distill=0.7),
-    "unlimited": UNLIMITED | dict(shuffle="sequence", wd_schedule="constant", epochs=32, replay_from=17,
+    "two_hour": dict(window_stages=[(1, 0.125, 0.375), (7, 0.375, 0.875), (14, 0.625, 1)],
+                     replay_from_epoch=14, epochs=22, cycles=8, average=11, dropout=0.1,
+                     stochastic_depth=0.05, meta_norm=0.0),
+    "nano_unlimited": NANO | dict(n_embd=128, epochs=4, replay_from_epoch=3, average=1, members=8,
+                                  distill=0.7),
+    "unlimited": UNLIMITED | dict(shuffle="sequence", wd_schedule=[(0, 1)], epochs=32, replay_from_epoch=17,
                                   members=20, first_epochs=16, drop_first=True, distill=0.7,
                                   average_kind="blend", keep_final=0.6),
     "unlimited_snapshots": UNLIMITED | dict(
-        wd_schedule="0:0.7 2:1", momentum_warmup=0, warmdown=1.0, lr_floor=0.08, epochs=2, replay_from=1,
-        members=480, restarts=True, distill=0.45, temperature=1.2, distill_from=8, batch_tokens_ends=393216,
-        perturb=0.25, fitness_tokens=132000, top=256),
+        wd_schedule=[(0, 0.7), (2, 1)], momentum_warmup=0, warmdown=1.0, lr_floor=0.08, epochs=2,
+        replay_from_epoch=1, members=480, restarts=True, distill=0.45, temperature=1.2,
+        distill_after_members=8, batch_tokens_ends=393216, perturb=0.25, fitness_tokens=132000, top=256),
 }
-# What a run of the track may use, by the field of its result.json.
-CAPS = {
-    "nano": ("training_flops", 2e14),
-    "smoke": ("training_flops", 1e13),
-    "tiny": ("train_seconds", 900),
-    "limited": ("train_seconds", 3600),
-    "two_hour": ("train_seconds", 7200),
-    "unlimited": ("gpu_seconds", 64 * 7 * 86400),
-    "unlimited_snapshots": ("gpu_seconds", 64 * 7 * 86400),
-}
-LEADS_TEAM = False  # this rank is the first of its team, which may meet what no other does
-
-def quit_run(code, message):
-    """
-    Ends every rank with one line and no traceback. They all get here for the same reason; one of them speaks.
-    The codes: 2 a user's mistake, 3 a loss or gradient that is not finite, 75 a signal (the run can go on).
-    """
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 or LEADS_TEAM:
-        print(f"{'error: ' if code != 75 else ''}{message}", file=sys.stderr, flush=True)
-    else:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)  # torchrun ends all ranks at the first exit, which must be that of the one who speaks
-    raise SystemExit(code)
-
-def fail(message):
-    quit_run(2, message)
-
-# {field: (permitted values, help)} from the comments of Config, the one place where both are written.
-COMMENTS = {name: rest for name, *rest in re.findall(
-    r"^    (\w+): \w+ = .*?# (?:(\[[^\]]*\]|\{[^}]*\}) )?(.*)$", inspect.getsource(Config), re.M)}
-# How the fields that are little languages are written, and an example.
-NUMBER, SHARE = r"\d+(\.\d+)?", r"(1|0\.\d+)"
-FORMS = {
-    "windows": ("[SL]+", "SSSL"),
-    "window_stages": (rf"1:{SHARE}/{SHARE}( \d+:{SHARE}/{SHARE})*", "1:0.25/0.5 7:0.5/1"),
-    "replay": (r"none|\d+-\d+", "15-20, or none"),
-    "wd_schedule": (rf"antiphase|constant|{NUMBER}:{NUMBER}( {NUMBER}:{NUMBER})*", "2:1 8:0.125 15:1.2"),
-    "optimizer": (r"muon|adamw|[\w.]+:\w+", "torch.optim:Adafactor"),
-    "optimizer_args": (r"\{.*\}", '{"momentum": 0.9}'),
-}
-
-def knots(text):
-    """'1:0.25/0.5 7:0.5/1' -> [[1, 0.25, 0.5], [7, 0.5, 1]]: epochs, and what holds there."""
-    return [list(map(float, re.split("[:/]", knot))) for knot in text.split() if ":" in knot]
-
-def check_field(field, value):
-    """The value has the field's type and is one of those that its comment permits."""
-    flag, (allowed, _) = "--" + field.name.replace("_", "-"), COMMENTS[field.name]
-    if type(value) not in ((int, float) if field.type is float else (field.type,)):
-        fail(f"{flag} takes a value of type {field.type.__name__}, not {value!r}")
-    if allowed.startswith("{") and value not in allowed[1:-1].split(", "):
-        fail(f"{flag} {value}: choose one of {allowed[1:-1]}")
-    if allowed.startswith("["):
-        low, high = map(float, allowed[1:-1].split(","))
-        if not low <= value <= high:
-            fail(f"{flag} {value} is out of range: {low:g} to {high:g}")
-    form, example = FORMS.get(field.name, (".*", ""))
-    if isinstance(value, str) and not re.fullmatch(form, value):
-        fail(f"{flag} {value}: write it as {example}")
-    epochs = [knot[0] for knot in knots(value)] if field.name in ("window_stages", "wd_schedule") else []
-    if sorted(set(epochs)) != epochs:
-        fail(f"{flag} {value}: the epochs must ascend")
 
 
 # ---- Model -------------------------------------------------------------------------------------------------
@@ -421,7 +341,7 @@ class Attention(nn.Module):
 
     def __init__(self, c, layer):
         super().__init__()
-        self.n_head, self.key_offset = c.n_head, c.key_offset and c.long_layer(layer)
+        self.n_head, self.key_offset = c.n_head, c.rope == "half" and c.long_layer(layer)
         self.exclusive = c.xsa != "none" and layer < min(c.xsa_layers, c.n_layer)
         self.q, self.k, self.v, self.o = (weight(c.n_embd, c.n_embd) for _ in range(4))
         self.mix = weight(3, c.n_head, c.n_head) if c.head_mixing else None
@@ -583,7 +503,7 @@ class GPT(nn.Module):
             # Position t also knows token t+1 and predicts t+2; the last one has no target, its weight is 0.
             x = linear(torch.cat((x, rms(F.embedding(targets, self.embed))), dim=-1), self.mtp.proj)
             x = rms(self.run(self.mtp.block, x, x, frame, T, *(part[-1] for part in noise)))
-            w = torch.full((B, T, 1), c.mtp_weight * unit * T / (T - 1), device=x.device)
+            w = torch.full((B, T, 1), 0.3 * unit * T / (T - 1), device=x.device)
             w[:, -1] = 0
             loss = loss + self.head_loss(x, targets.roll(-1, 1)[..., None], w)[0]
         return loss, plain / (batch_sequences * T)
@@ -634,48 +554,35 @@ def flops_per_token(c, vocab_size, mode, training=True):
         return 2 * (mode.passes * trunk + head)
     mtp = head + 2 * d * d + macs(c.n_layer) if c.mtp == "block" else 0
     # All passes but the last only go forward, and so does the teacher.
-    last = len(knots(c.window_stages)) - 1
+    last = len(c.window_stages) - 1
     teacher = c.passes * sum(macs(layer, last) for layer in c.layer_order(True)) + head if c.distill else 0
     return 6 * (trunk + head + mtp) + 2 * ((mode.passes - 1) * trunk + teacher)
 
 
 # ---- Head and loss -----------------------------------------------------------------------------------------
 
-def exp(x):
-    """
-    e^x of float32, to about 2e-7 + 1e-7 |x| of it, between 2^-126 and 2^127. Compiled for a CPU it is 2^n,
-    made of its bits, times a minimax polynomial: twice as fast as the library's, which other devices use.
-    """
-    if x.device.type != "cpu" or not torch.compiler.is_compiling():
-        return torch.exp(x)
-    y = (x * (1 / math.log(2))).clamp(-126, 127)
-    n, power = y.round(), 0.0
-    for coefficient in (0.0013264729, 0.0096715132, 0.055507337, 0.24022242, 0.69314698, 1.0):
-        power = power * (y - n) + coefficient
-    return power * ((n.int() + 127) << 23).view(torch.float32)
-
 def softcap_pass(logits, softcap):
     """
     Raw logits l (n, V) -> (s (n, 1) float32, u (n, V) in the logits' dtype): s is the sum of the softmax's
     exponentials, u / s its probabilities times the softcap's slope. As z = c tanh(l / c) <= c, nobody need
-    look for the maximum: q = 1 / (1 + exp(2 l / c)) gives z - c = -2 c q and dz/dl = 4 q (1 - q).
+    look for the maximum: q = 1 / (1 + torch.exp(2 l / c)) gives z - c = -2 c q and dz/dl = 4 q (1 - q).
     """
-    q = 1 / (1 + exp(logits.float() * (2 / softcap)))
-    e = exp(q * (-2 * softcap))
+    q = 1 / (1 + torch.exp(logits.float() * (2 / softcap)))
+    e = torch.exp(q * (-2 * softcap))
     return e.sum(-1, keepdim=True), (e * (4 * q * (1 - q))).to(logits.dtype)
 
 def softcap_sum(logits, softcap):
     """The first half of softcap_pass, for scoring."""
-    return exp(-2 * softcap / (1 + exp(logits.float() * (2 / softcap)))).sum(-1)
+    return torch.exp(-2 * softcap / (1 + torch.exp(logits.float() * (2 / softcap)))).sum(-1)
 
 def lesson_pass(logits, teacher, softcap, temperature, ratio):
     """
     softcap_pass with a teacher's raw logits (n, V): also -> the divergences KL(teacher || student) at the
     temperature, (n, 1), whose gradient times ratio (n, 1) has been added to u / s.
     """
-    q, qt = (1 / (1 + exp(l.float() * (2 / softcap))) for l in (logits, teacher))
+    q, qt = (1 / (1 + torch.exp(raw.float() * (2 / softcap))) for raw in (logits, teacher))
     z, zt = -2 * softcap * q, -2 * softcap * qt
-    e, student, teacher = exp(z), exp(z / temperature), exp(zt / temperature)
+    e, student, teacher = torch.exp(z), torch.exp(z / temperature), torch.exp(zt / temperature)
     s, ss, st = (part.sum(-1, keepdim=True) for part in (e, student, teacher))
     kl = (teacher * (zt - z)).sum(-1, keepdim=True) / (temperature * st) + ss.log() - st.log()
     u = 4 * q * (1 - q) * (e + ratio * s * (student / ss - teacher / st))
@@ -749,6 +656,7 @@ class Row(NamedTuple):
     lr: float
     betas: tuple
     weight_decay: float
+    adapts: bool = False  # takes the trial step of an episode
 
 def param_table(c):
     """One row per kind of parameter, by the pattern that its whole name matches."""
@@ -759,9 +667,10 @@ def param_table(c):
     normal = lambda std: lambda p, g: p.normal_(0, std, generator=g)
     constant = lambda value: lambda p, g: p.fill_(value)
     identity = lambda p, g: p.copy_(torch.eye(p.size(-1)))
-    matrix = (c.optimizer, scaled(c.lr_matrix), (0.9, 0.95), decay * c.wd_matrix)
+    mlp = (c.optimizer, scaled(c.lr_matrix), (0.9, 0.95), decay * c.wd_matrix, c.meta_norm > 0)
+    matrix = (*mlp[:4], c.meta_norm > 0 and c.meta_matrices == "all")
     adamw, fast = "adamw", (0.8, 0.95)
-    gate = matrix if c.gate_optimizer == "muon" else (adamw, scaled(c.lr_scalar), (0.9, 0.99), 0.0)
+    head_gate = matrix if c.gate_optimizer == "muon" else (adamw, scaled(c.lr_scalar), (0.9, 0.99), 0.0)
     last = normal(c.n_embd ** -0.5) if c.out_init == "normal" else constant(0.0)
     return [
         Row(r"embed", normal(1.0), adamw, scaled(c.lr_embed), fast, decay),
@@ -770,11 +679,14 @@ def param_table(c):
         Row(r"lam", constant(c.lam_init), adamw, scaled(c.lr_scalar) * 0.01, fast, 0.0),
         Row(r"skip", constant(1.0), adamw, scaled(c.lr_scalar) * 0.01, fast, 0.0),
         Row(r"mu", constant(0.1), adamw, scaled(c.lr_scalar), (0.96, 0.95), 0.0),
-        Row(r".*\.mix", identity, adamw, c.lr_mixing, fast, 0.0),
+        Row(r".*\.mix", identity, adamw, 0.02, fast, 0.0),
         Row(r".*\.xsa", constant(0.0), adamw, scaled(c.lr_scalar), (0.9, 0.95), 0.0),
-        Row(r".*\.(head|value)_gate", constant(0.0), *gate),
-        Row(r".*\.(q|k|v|value_proj|gate|up)|mtp\.proj", uniform, *matrix),
-        Row(r".*\.(o|out)", last, *matrix),
+        Row(r".*\.head_gate", constant(0.0), *head_gate),
+        Row(r".*\.value_gate", constant(0.0), *matrix),
+        Row(r".*\.(q|k|v|value_proj)|mtp\.proj", uniform, *matrix),
+        Row(r".*\.o", last, *matrix),
+        Row(r".*\.mlp\.(gate|up)", uniform, *mlp),
+        Row(r".*\.mlp\.out", last, *mlp),
     ]
 
 def match_rows(model, c):
@@ -797,7 +709,7 @@ def initialise(model, c, seed):
 def perturb(model, c, seed, link, links):
     """Noise on every tensor after `link` snapshots, in its standard deviations, falling as a cosine."""
     fall = (1 + math.cos(math.pi * (link - 1) / max(1, links - 2))) / 2
-    scale = c.perturb_last + (c.perturb - c.perturb_last) * fall
+    scale = 0.05 + (c.perturb - 0.05) * fall
     generator = torch.Generator().manual_seed(seed * 100003 + 31337 * link)
     for p in model.parameters():
         if p.numel() > 1:
@@ -852,35 +764,6 @@ def adamw_update(W, G, state, lr, weight_decay, beta1, beta2, step):
     v.lerp_(G.square(), 1 - beta2)
     W.addcdiv_(m, (v / (1 - beta2 ** step)).sqrt_().add_(1e-10), value=-lr / (1 - beta1 ** step))
 
-class Team(NamedTuple):
-    """Ranks that train a model together. Teams train members side by side, each its own chain of them."""
-    index: int
-    teams: int
-    rank: int
-    size: int
-    group: object    # for the messages of training
-    side: object     # for those of saving, which happens meanwhile
-
-def make_team(size, timeout):
-    """This rank's team, where `size` ranks make one."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if world % size:
-        fail(f"--ranks-per-member {size} does not divide {world} ranks")
-    groups = [(dist.new_group(ranks, timeout), dist.new_group(ranks, timeout, backend="gloo"))
-              for ranks in (range(first, first + size) for first in range(0, world, size))]
-    return Team(rank // size, world // size, rank % size, size, *groups[rank // size])
-
-def foreign_optimizer(c, parameters):
-    """An instance of the class that --optimizer names."""
-    module, name = c.optimizer.split(":")
-    try:
-        arguments = json.loads(c.optimizer_args)
-        if {"lr", "weight_decay"} & set(arguments):
-            raise ValueError("lr and weight_decay are --lr-matrix and --weight-decay")
-        return getattr(importlib.import_module(module), name)(parameters, **arguments)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        fail(f"--optimizer {c.optimizer} --optimizer-args '{c.optimizer_args}': {error}")
-
 class Group:
     """
     Parameters that are updated together. Their values and gradients live in two flat buffers, of which the
@@ -930,7 +813,7 @@ class Group:
             self.state = {"mean": zeros(W), "square": zeros(W)}
         else:
             matrices = [nn.Parameter(matrix) for matrix in W[:self.own]]
-            self.state, self.inner = {}, matrices and foreign_optimizer(self.c, matrices)
+            self.state, self.inner = {}, matrices and foreign_optimizer(self.c, matrices)[0]
         if self.c.average_kind != "probs":
             self.state["average"] = zeros(W, dtype=torch.float32)
 
@@ -952,18 +835,9 @@ class Group:
         """Starts to bring the values from their owners to every rank; -> the work to wait for."""
         return dist.all_gather_single(self.values, self.W.flatten(), group=self.team.group, async_op=True)
 
-    def shards(self, mesh):
-        """A copy of values and optimizer state, as this rank's part of distributed tensors, unpadded."""
-        local = lambda part: part[:self.own].to("cpu", copy=True)
-        return {name: DTensor.from_local(local(part), mesh, [Shard(0)], run_check=False,
-                                         shape=(self.units, *part.shape[1:]), stride=part.stride())
-                for name, part in {"values": self.W, **self.state}.items()}
-
-    def load(self, shards):
-        """Takes over what `shards` had and a checkpoint has been loaded into."""
-        for name, part in {"values": self.W, **self.state}.items():
-            part[:self.own].copy_(shards[name].to_local())
-        self.gather().wait()
+    def tensors(self):
+        """What a state saves of this rank's part: the first `own` of its units are no padding."""
+        return {"values": self.W, **self.state}
 
 class Optimizer:
     """All groups, sharded over the ranks (as ZeRO-2 does, Rajbhandari et al. 2020, arXiv 1910.02054)."""
@@ -976,19 +850,10 @@ class Optimizer:
             encoder = name.startswith("blocks.") and int(name.split(".")[1]) < c.n_layer // 2
             groups.setdefault((*row[2:], p.dtype, shape, encoder), (row, []))[1].append(p)
         self.groups = [Group(row, params, c, dtype, team) for row, params in groups.values()]
-        self.mesh = DeviceMesh.from_group(team.side, "cpu")
 
     def reset(self):
         for group in self.groups:
             group.reset()
-
-    def shards(self):
-        """A copy of parameters and optimizer state for a distributed checkpoint: any ranks can load it."""
-        return {f"{i}": group.shards(self.mesh) for i, group in enumerate(self.groups)}
-
-    def inner_states(self):
-        """{group: the state of a foreign optimizer}, which the same number of ranks can load."""
-        return {i: group.inner.state_dict() for i, group in enumerate(self.groups) if group.inner}
 
     def expect(self):
         """The next backward pass is the step's last."""
@@ -1036,91 +901,73 @@ class Optimizer:
             group.W.copy_(group.state["average"])
             group.gather().wait()
 
+class Episodes:
+    """
+    A first-order meta-gradient (#21). Consecutive sequences of a step make an episode: after the first half
+    of them the matrices that adapt take a trial step of a given length down its gradient, after the second
+    half they are put back. The optimizer gets the sum of all gradients, wherever they were taken. The length
+    of the record, 0.5, is 0.0006 of the norm that limited's matrices start with.
+    """
+
+    def __init__(self, c, optimizer, device_batch):
+        self.half = c.meta_sequences // 2 // device_batch  # in micro-batches
+        self.groups = [group for group in optimizer.groups if group.row.adapts]
+        self.weights, self.gradients = {}, {}  # of groups, set aside: what is put back; what came before
+
+    @torch.no_grad()
+    def after(self, n, count, length):
+        """What follows on the backward pass of micro-batch n, from 1, of the `count` of a step."""
+        if self.groups and n % self.half == 0:
+            if n // self.half % 2:
+                self.try_step(length, last=n + self.half == count)
+            else:
+                self.put_back(last=n == count)
+
+    def try_step(self, length, last):
+        rate = length / nn.utils.get_total_norm([group.grads for group in self.groups]).clamp_min(1e-30)
+        for group in self.groups:
+            # The optimizer's step brings every rank new values from their owners, who need only their own.
+            part = group.W if last else group.values
+            self.weights[group] = part, part.clone()
+            group.values.addcmul_(group.grads, rate, value=-1)
+            if group in self.gradients:
+                group.grads += self.gradients.pop(group)
+
+    def put_back(self, last):
+        for group in self.groups:
+            part, values = self.weights.pop(group)
+            part.copy_(values)
+            if not last:
+                self.gradients[group] = group.grads.clone()
+                group.grads.zero_()
+
 
 # ---- Data --------------------------------------------------------------------------------------------------
-
-def digest(array):
-    """The sha256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
-
-class Dataset:
-    """A folder of tokens: memory-mapped, verified against its manifest. `splits` holds uint16 arrays."""
-
-    def __init__(self, folder, command):
-        self.folder, self.remedy = Path(folder), f"make the dataset with: {command}"
-        try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
-            self.name, self.vocab_size = manifest["name"], manifest["vocab_size"]
-            self.bos_id = manifest["bos_id"]
-            self.digests = {split: manifest["splits"][split]["sha256"] for split in ("train", "val", "audit")}
-            token_bytes = np.fromfile(self.folder / "token_bytes.bin", dtype=np.uint8)
-            if digest(token_bytes) != manifest["token_bytes_sha256"]:
-                raise ValueError("token_bytes.bin does not have its digest")
-        except FileNotFoundError as error:
-            fail(f"there is no dataset in {folder} (no {Path(error.filename).name}); {self.remedy}")
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{folder}: manifest.json or token_bytes.bin is damaged ({error}); {self.remedy}")
-        self.token_bytes = token_bytes.astype(np.int64)
-        self.splits = {split: self.open(self.folder / f"{split}.bin", sha256)
-                       for split, sha256 in self.digests.items()}
-
-    def open(self, path, sha256=None):
-        """The llm.c format: 256 int32 of header (magic, version, tokens), then uint16 tokens."""
-        if not path.exists():
-            fail(f"{path} is missing; {self.remedy}")
-        header, held = np.fromfile(path, dtype="<i4", count=256), path.stat().st_size // 2 - 512
-        if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-            fail(f"{path} is not a token file (wrong magic or version); {self.remedy}")
-        if held != header[2] or path.stat().st_size % 2:
-            fail(f"{path} is truncated: its header says {header[2]} tokens, it holds {held}; {self.remedy}")
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        if sha256 and digest(tokens) != sha256:
-            fail(f"{path} does not have the digest of its manifest; {self.remedy}")
-        if tokens.max() >= self.vocab_size:
-            fail(f"{path} holds token {tokens.max()}, beyond its vocabulary; {self.remedy}")
-        if tokens[0] != self.bos_id:
-            fail(f"{path} does not start with a document; {self.remedy}")
-        return tokens
-
-    def set_aside(self, tokens):
-        """Moves whole documents, so many tokens or a little more, from the front of train into `fitness`."""
-        starts, train = self.documents("train"), self.splits["train"]
-        border = starts[np.searchsorted(starts, tokens)] if tokens < starts[-1] else starts[-1]
-        self.splits |= {"fitness": train[:border], "train": train[border:]}
-
-    def sequences(self, split, T):
-        """The split in file order, (sequences, T+1) uint16; the tail that fills no sequence is left out."""
-        tokens = self.splits[split]
-        return tokens[:len(tokens) // (T + 1) * (T + 1)].reshape(-1, T + 1)
-
-    def documents(self, split):
-        """The first position of every document, int64."""
-        tokens, block = self.splits[split], 2 ** 22  # by blocks, for comparisons make a byte for each token
-        return np.concatenate([np.flatnonzero(tokens[n:n + block] == self.bos_id) + n
-                               for n in range(0, len(tokens), block)])
 
 class Stream:
     """
     The training sequences of a whole run, epoch after epoch, each an index over the memory-mapped tokens. An
     epoch permutes the documents, cuts them into sequences of T+1 tokens, and permutes those (#19). Document
-    order accumulates; with seed 42 the permutations are the reference's, seeded by epoch e and e + 1000.
+    order accumulates; with seed 42 the permutations are the reference's, seeded by epoch e and e + 1000. The
+    first epoch leaves the documents in order, but for snapshots, which have seeds of their own.
     """
 
     def __init__(self, tokens, starts, c, seed):
         self.tokens, self.starts, self.shuffle, self.seed = tokens, starts, c.shuffle, seed
+        self.base, self.first = (1009 * seed + 1000, 1) if c.restarts else (1009 * (seed - 42), 2)
         self.lengths = np.diff(starts, append=len(tokens))
         self.S, self.per_epoch = c.seq_len + 1, len(tokens) // (c.seq_len + 1)
         self.documents, self.made = np.arange(len(starts)), 0
 
     def permutation(self, n, seed):
-        generator = torch.Generator().manual_seed(1009 * (self.seed - 42) + seed)
+        generator = torch.Generator().manual_seed(self.base + seed)
         return torch.randperm(n, generator=generator).numpy()
 
     def enter(self, epoch):
         """Makes the index of an epoch, counted from 1."""
         if epoch < self.made:
             self.documents, self.made = np.arange(len(self.starts)), 0
-        for e in range(max(2, self.made + 1), epoch + 1):
+        for e in range(max(self.first, self.made + 1), epoch + 1):
             if self.shuffle == "document":
                 self.documents = self.documents[self.permutation(len(self.documents), e)]
         self.made, self.ends = epoch, np.cumsum(self.lengths[self.documents])
@@ -1178,8 +1025,8 @@ def batches(stream, c, team, place, device, dtype, device_batch):
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(make, place)
-        for place in itertools.count(place + c.batch_sequences, c.batch_sequences):
-            batch, following = following.result(), pool.submit(make, place)
+        for after in itertools.count(place + c.batch_sequences, c.batch_sequences):
+            batch, following = following.result(), pool.submit(make, after)
             yield batch
 
 
@@ -1203,9 +1050,9 @@ class Schedule:
     def mode(self, step):
         """How the network is run in a step."""
         c, epoch = self.c, self.epoch(step)
-        return Mode(replay=c.replayed is not None and epoch >= c.replay_from,
-                    passes=c.passes if step >= c.passes_from * self.steps else 1,
-                    stage=sum(start <= epoch for start, *_ in knots(c.window_stages)) - 1)
+        return Mode(replay=c.replayed is not None and epoch >= c.replay_from_epoch,
+                    passes=c.passes if step >= 0.7 * self.steps else 1,
+                    stage=sum(start <= epoch for start, *_ in c.window_stages) - 1)
 
     def cycle(self, step):
         """How far the step is in its cosine cycle, 0 to 1; None before the last `cycles` epochs."""
@@ -1213,23 +1060,29 @@ class Schedule:
         start = self.steps - self.c.cycles * epoch
         return (step - start) % epoch / epoch if self.c.cycles and step >= start else None
 
+    def warmdown(self, step):
+        """1, then falling to 0 over the last steps."""
+        left, steps = self.steps - step, round(self.c.warmdown * self.steps)
+        return 1.0 if left >= steps else (left / steps) ** self.c.warmdown_power
+
+    def meta_norm(self, step):
+        """The length of an episode's trial step."""
+        return self.c.meta_norm * (self.warmdown(step) if self.c.meta_schedule == "warmdown" else 1.0)
+
     def lr(self, step):
         """Multiplier of all learning rates: flat, then falling; at last a cosine to 0.05 in each epoch."""
-        c, left, warmdown = self.c, self.steps - step, round(self.c.warmdown * self.steps)
-        base = 1.0 if left >= warmdown else (left / warmdown) ** c.warmdown_power
+        c, base = self.c, self.warmdown(step)
         if (cycle := self.cycle(step)) is None:
             return c.lr_floor + (1 - c.lr_floor) * base
         return 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * cycle)) / 2
 
     def weight_decay(self, step):
         """
-        Multiplier of the decay: of antiphase 1 to 40% of the run, down to 0.65, in each cycle from 0.65 to
-        1.5; of knots, linear between them.
+        Multiplier of the decay: between the rows of wd_schedule linear; without any it runs against the
+        learning rate (#20), from 1 after 40% of the run down to 0.65, in each cycle from 0.65 to 1.5.
         """
-        if self.c.wd_schedule == "constant":
-            return 1.0
-        if self.c.wd_schedule != "antiphase":
-            epochs, multipliers = zip(*knots(self.c.wd_schedule))
+        if self.c.wd_schedule:
+            epochs, multipliers = zip(*self.c.wd_schedule)
             steps = [round(epoch * self.steps / self.c.epochs) for epoch in epochs]
             return float(np.interp(step, steps, multipliers))
         if (cycle := self.cycle(step)) is not None:
@@ -1245,7 +1098,7 @@ class Schedule:
         """Weights of the head's predictions 1, 2 and 3 tokens ahead: 0.25 falls to 0 first, then 0.5."""
         if self.c.mtp != "head":
             return (1.0,)
-        left = 2 - 2 * step / self.steps / self.c.mtp_until  # halves of the annealing that are left
+        left = 2 - 2 * step / self.steps / 0.66  # halves of the annealing that are left
         weights = (1.0, 0.5 * min(max(left, 0), 1), 0.25 * max(left - 1, 0))
         return tuple(weight for weight in weights if weight)
 
@@ -1276,36 +1129,6 @@ class Schedule:
 
 # ---- Scoring and ensembles ---------------------------------------------------------------------------------
 
-class Score(NamedTuple):
-    loss: float             # nats per token
-    bpb: float              # bits per byte, over the targets that have bytes
-    documents: dict         # loss (float64), tokens, bytes (int64) of each of the split's documents
-
-def log_likelihoods(target_logprobs, sequences, batch, team, device):
-    """
-    sequences (n, T+1) -> log-probabilities of all targets, (n, T) float64 on every rank of the team, by a
-    function (B, T+1) -> (B, T). Each sequence is scored once, by one rank; the last batch is filled up with
-    the first sequence, which is then dropped.
-    """
-    out = torch.zeros(len(sequences), sequences.shape[1] - 1, dtype=torch.float64, device=device)
-    for start in range(team.rank * batch, len(sequences), team.size * batch):
-        rows = np.arange(start, start + batch)
-        chosen = sequences[np.where(rows < len(sequences), rows, 0)]
-        scores = target_logprobs(torch.from_numpy(chosen.astype(np.int64)).to(device))
-        out[start:start + batch] = scores[:len(sequences) - start]
-    dist.all_reduce(out, group=team.group)
-    return out.cpu().numpy()
-
-def score(data, split, T, logp):
-    """logp (n, T) of the split's targets -> its Score. A target counts for the document that it stands in."""
-    targets = data.sequences(split, T)[:, 1:]
-    nats, size = -logp.ravel(), data.token_bytes[targets.ravel()]
-    is_start = data.splits[split] == data.bos_id
-    owner = (np.cumsum(is_start) - 1)[:len(targets) * (T + 1)].reshape(-1, T + 1)[:, 1:].ravel()
-    total = lambda weights: np.bincount(owner, weights=weights, minlength=is_start.sum())
-    sums = {"loss": total(nats), "tokens": total(None), "bytes": total(size).astype(np.int64)}
-    return Score(nats.mean(), nats[size > 0].sum() / (math.log(2) * size.sum()), sums)
-
 class Member(NamedTuple):
     """A model of a predictor: its checkpoint, how it is run, its own loss, and its weight in the mixture."""
     checkpoint: str
@@ -1316,8 +1139,12 @@ class Member(NamedTuple):
     weight: float = 1.0
 
 def read_member(record):
-    """The Member that a JSON object describes."""
-    return Member(**record | {"mode": Mode(*record["mode"])})
+    """The Member that a JSON object describes, or the file of one."""
+    try:
+        fields = json.loads(record.read_text()) if isinstance(record, Path) else record
+        return Member(**fields | {"mode": Mode(*fields["mode"])})
+    except (OSError, ValueError, TypeError, LookupError):
+        fail(f"{record} is missing or damaged: it describes no member")
 
 def select_weights(fitness, top):
     """
@@ -1340,7 +1167,7 @@ def select_weights(fitness, top):
 
 def members_of(c, folder, count):
     """What a run predicts with: late epochs of its one model (#12), or its first `count` members."""
-    found = [read_member(json.loads(path.read_text())) for path in sorted(folder.glob("*_????.json"))]
+    found = [read_member(path) for path in sorted(folder.glob("*_????.json"))]
     if c.members == 1:
         found = found[-c.average if c.average_kind == "probs" else -1:]
     else:
@@ -1356,10 +1183,6 @@ def logprobs(folder, member, split):
     path = folder / member.checkpoint.replace(".pt", ".npz")
     check_digest(path, member.scores)
     return np.load(path)[split].ravel().astype(np.float64)
-
-def check_digest(path, sha256):
-    if not path.exists() or not path.stat().st_size or digest(np.memmap(path, mode="r")) != sha256:
-        fail(f"{path} is missing or damaged: it does not have the digest it was saved with")
 
 def mixture(parts):
     """[(weight, log-probabilities)], one held at a time -> those of the weighted mean, each one's loss."""
@@ -1402,19 +1225,10 @@ class Predictor:
             mixed = part if mixed is None else mixed + part if by_logits else torch.logaddexp(mixed, part)
         return mixed.log_softmax(-1) if by_logits else mixed
 
-    def score(self, sequences, batch, team, mix=None):
-        """-> (log-probabilities of the targets of sequences (n, T+1), the loss of each member)."""
-        if (mix or self.c.mix) == "logits":
-            pick = lambda part: self.logprobs(part[:, :-1], mix).gather(-1, part[:, 1:, None])[..., 0]
-            return log_likelihoods(pick, sequences, batch, team, self.device), []
-        parts = ((m.weight, log_likelihoods(lambda part: self.load(m).target_logprobs(part, m.mode),
-                                            sequences, batch, team, self.device)) for m in self.members)
-        return mixture(parts)
-
 load_predictor = Predictor
 
 
-# ---- The run folder ----------------------------------------------------------------------------------------
+# ---- Training ----------------------------------------------------------------------------------------------
 
 def make_model(c, vocab_size, device, dtype):
     """A model without values. The embedding has the compute dtype, and so the stream; the rest is float32."""
@@ -1431,291 +1245,11 @@ def frozen(model):
     values = {id(p): nn.Parameter(p.detach().to(dtype(p), copy=True), False) for p in model.parameters()}
     return copy.deepcopy(model, values)  # which has no need to copy what is in `values`
 
-def save_weights(model, path):
-    """Writes the weights as they are used; -> the file's digest."""
-    return write_atomic(path, lambda file: torch.save(frozen(model).state_dict(), file))
-
 @torch.no_grad()
 def load_weights(model, path):
     weights = torch.load(path, map_location=model.embed.device, mmap=True, weights_only=True)
     for name, p in model.named_parameters():
         p.copy_(weights[name])
-
-def write_atomic(path, write):
-    """write(file) to a temporary name, which takes its place when all of it is on the disk; -> its digest."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        sha256 = digest(np.memmap(temporary, mode="r"))
-        os.replace(temporary, path)
-        return sha256
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        # torch.save wraps a full disk's OSError into a RuntimeError.
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
-
-def write_json(path, value):
-    write_atomic(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
-
-class RunLog:
-    """
-    The run folder's text: console and log.txt, metrics.jsonl, loss.svg. Every rank keeps the metrics, the
-    first of its team writes them; further teams write files of their own, and nothing to the console.
-    """
-
-    def __init__(self, folder, title, wandb_settings, team):
-        self.folder, self.title, self.wandb, self.team = folder, title, None, team
-        self.main, self.suffix = team.rank == 0, f"_{team.index}" * (team.index > 0)
-        self.metrics, self.plotted = {"step": [], "eval": [], "ensemble": [], "final": []}, -math.inf
-        if self.main and not team.index and not (folder / "log.txt").exists():
-            write_atomic(folder / "train_gpt.py", lambda file: file.write(SOURCE))
-            head = f"source train_gpt.py {len(SOURCE)} bytes sha256 {SOURCE_SHA256}\n".encode()
-            write_atomic(folder / "log.txt", lambda file: file.write(head + SOURCE + b"\n"))
-        if self.main and wandb_settings:
-            start = lambda: importlib.import_module("wandb").init(dir=folder, **wandb_settings)
-            self.wandb = self.guard(start)
-
-    def guard(self, call):
-        """What wandb returns; whatever trouble it has turns it off, and does not cost a run."""
-        try:
-            return call()
-        except Exception as error:
-            self.wandb = None
-            self(f"wandb is off: {error}")
-
-    def __call__(self, text, console=True):
-        if self.main:
-            with open(self.folder / f"log{self.suffix}.txt", "a") as file:
-                print(text, file=file)
-            if console and not self.team.index:
-                tqdm.write(text)
-
-    def metric(self, kind, **values):
-        values["at"] = len(self.metrics["step"])  # steps before it, of all members
-        self.metrics[kind].append(values)
-        if self.main:
-            with open(self.folder / f"metrics{self.suffix}.jsonl", "a") as file:
-                print(json.dumps({"kind": kind, **values}), file=file)
-        if self.wandb is not None:
-            named = {f"{kind}/{name}": value for name, value in values.items()}
-            self.guard(lambda: self.wandb.log(named, step=values["at"]))
-
-    def rewind(self, size):
-        """Cuts metrics.jsonl to the `size` bytes that a state had seen of it, and reads them again."""
-        path = self.folder / f"metrics{self.suffix}.jsonl"
-        if self.main:
-            with open(path, "a") as file:
-                file.truncate(size)
-        dist.barrier(group=self.team.group)
-        for line in path.read_text().splitlines():
-            values = json.loads(line)
-            self.metrics[values.pop("kind")].append(values)
-
-    def plot(self, final=None):
-        """loss.svg, at most once a minute: the training loss, its running mean, and the validation losses."""
-        if not self.main or self.team.index or final is None and time.monotonic() < self.plotted + 60:
-            return
-        self.plotted = time.monotonic()
-        import matplotlib
-        matplotlib.use("svg")
-        from matplotlib import pyplot as plt
-        y = np.array([m["loss"] for m in self.metrics["step"]])
-        width = max(1, len(y) // 50)
-        mean = np.convolve(y, np.ones(width) / width, "valid")
-        with plt.rc_context({"svg.hashsalt": "slowrun", "font.size": 9}):
-            figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-            axes.plot(y, color="0.85", linewidth=0.7, label="training")
-            axes.plot(np.arange(width - 1, len(y)), mean, label=f"mean of {width} steps")
-            for kind, style, label in ("eval", "C1o-", "validation"), ("ensemble", "C2s-", "members so far"):
-                if rows := self.metrics[kind]:
-                    axes.plot(*zip(*((m["at"], m["loss"]) for m in rows)), style, markersize=3, label=label)
-            if final is not None:
-                axes.axhline(final, color="C3", linestyle="--", label=f"final predictor {final:.4f}")
-            low = min(*(m["loss"] for m in self.metrics["eval"]), *y[len(y) // 2:], final or math.inf)
-            axes.set(title=self.title, xlabel="step", ylabel="nats per token", ylim=(low - 0.1, low + 2.5))
-            axes.legend(frameon=False)
-            write_atomic(self.folder / "loss.svg",
-                         lambda file: figure.savefig(file, format="svg", metadata={"Date": None}))
-            plt.close(figure)
-
-class Keeper:
-    """
-    The states from which a team can go on: state/step_NNNNNNN/, the newest two. Each rank writes its part of
-    a copy, in the background and under a temporary name; when all is on the disk, the first rank adds the
-    progress and the digests and renames the folder.
-    """
-
-    def __init__(self, log, optimizer, team):
-        self.folder, self.log = log.folder / f"state{log.suffix}", log
-        self.optimizer, self.team = optimizer, team
-        self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
-        on_main(team, self.clear)
-
-    def clear(self):
-        self.folder.mkdir(exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            shutil.rmtree(leftover)
-
-    def save(self, progress):
-        """Copies the state and begins to write it, with a dictionary for JSON, after the one before."""
-        self.wait()
-        inner = io.BytesIO()
-        torch.save(self.optimizer.inner_states(), inner)
-        self.writing = self.writer.submit(self.write, self.optimizer.shards(), inner.getvalue(), progress)
-        self.saved_at = time.monotonic()
-
-    def write(self, shards, inner, progress):
-        """In the writer's thread. The save ends on the first rank when all ranks' parts are on the disk."""
-        temporary = self.folder / f"step_{progress['updates']:07d}.tmp"
-        temporary.mkdir(exist_ok=True)
-        (temporary / f"inner_{self.team.rank}.pt").write_bytes(inner)
-        dcp.save(shards, checkpoint_id=temporary, process_group=self.team.side)
-        if self.team.rank == 0:
-            write_json(temporary / "progress.json", progress)
-            digests = {file.name: digest(np.memmap(file, mode="r")) for file in temporary.iterdir()}
-            write_json(temporary / "manifest.json", digests)
-            temporary.rename(temporary.with_suffix(""))
-            for old in sorted(self.folder.glob("step_???????"))[:-2]:
-                shutil.rmtree(old)
-
-    def wait(self):
-        """Until the state that is being written is on the disk; raises what went wrong."""
-        if self.writing is not None:
-            self.writing.result()
-
-    def restore(self):
-        """Loads the newest sound state in place; -> its progress, or None where there is no state."""
-        path, progress = on_main(self.team, self.newest)
-        if path:
-            shards = self.optimizer.shards()
-            dcp.load(shards, checkpoint_id=path, process_group=self.team.side)
-            for i, group in enumerate(self.optimizer.groups):
-                group.load(shards[f"{i}"])
-            if inner := self.optimizer.inner_states():
-                if progress["ranks"] != self.team.size:
-                    fail(f"the state of this optimizer goes on only on its {progress['ranks']} ranks")
-                saved = torch.load(path / f"inner_{self.team.rank}.pt", weights_only=True)
-                for i in inner:
-                    self.optimizer.groups[i].inner.load_state_dict(saved[i])
-        return progress
-
-    def newest(self):
-        """The newest sound state and its progress. Those that are not sound are named and removed."""
-        for path in sorted(self.folder.glob("step_???????"), reverse=True):
-            try:
-                for name, expected in json.loads((path / "manifest.json").read_text()).items():
-                    if digest(np.memmap(path / name, mode="r")) != expected:
-                        raise ValueError(f"{name} does not have its digest")
-                return path, json.loads((path / "progress.json").read_text())
-            except (OSError, ValueError) as error:
-                self.log(f"state  {path.name} is unsound: {error}; going back to the one before it")
-                shutil.rmtree(path)
-        return None, None
-
-def on_main(team, function, *arguments):
-    """The team's first rank calls the function; every rank gets its result, or ends as the first does."""
-    outcome = [None]
-    if team.rank == 0:
-        try:
-            outcome = [function(*arguments)]
-        except (SystemExit, OSError) as end:
-            outcome = [end]
-    dist.broadcast_object_list(outcome, group=team.group, group_src=0)
-    if isinstance(outcome[0], (SystemExit, OSError)):
-        raise outcome[0]
-    return outcome[0]
-
-def run_folders(track):
-    """[(folder, run.json)] of the track's runs, the newest last."""
-    runs = [(path.parent, json.loads(path.read_text())) for path in (ROOT / "runs").glob("*/run.json")]
-    return sorted((run for run in runs if run[1]["track"] == track), key=lambda run: run[1]["started"])
-
-def unfinished(folder):
-    return not (folder / "result.json").exists()
-
-def find_run(args):
-    """What --resume names: the folder of an unfinished run, and its run.json."""
-    runs = [run for run in run_folders(args.track) if unfinished(run[0])]
-    named = [run for run in runs if args.resume in ("newest", run[0].name)]
-    if not named and (ROOT / "runs" / args.resume / "result.json").exists():
-        fail(f"the run {args.resume} is complete: see runs/{args.resume}/result.json")
-    return named[-1] if named else fail(f"{args.track} has no unfinished run to resume ({args.resume})")
-
-def open_run(run, args):
-    """
-    -> the run's folder, locked, and its run.json: a new one, or with --resume that of an unfinished run,
-    which must be the same. When torchrun has restarted the ranks because one was lost, their run goes on.
-    """
-    launch = f"{os.environ.get('TORCHELASTIC_RUN_ID')} on {platform.node()} by {os.getppid()}"
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    own = [folder for folder, old in run_folders(args.track) if restarted and old["launch"] == launch]
-    if own:
-        folder = own[-1] if unfinished(own[-1]) else sys.exit()  # a rank was lost after the end
-    elif args.resume:
-        folder = ROOT / "runs" / args.resume
-    else:
-        if run["teams"] > run["config"]["members"]:
-            fail(f"--ranks-per-member {args.ranks_per_member} makes {run['teams']} teams for fewer --members")
-        name = args.run_name or f"{args.track}_{datetime.now():%Y%m%d-%H%M%S}_s{args.seed}"
-        folder = ROOT / "runs" / name
-        if any(path.name not in ("checkpoints", "run.json.tmp") for path in folder.glob("*")):
-            fail(f"the run runs/{name} exists already; choose another --run-name, or --resume {name}")
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", run | {"started": time.time(), "launch": launch})
-    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)  # never closed: held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is training in runs/{folder.name}; stop it first")
-    before = json.loads((folder / "run.json").read_text())
-    changed = [f"{name} was {before[name]}, is {run[name]}" for name in run if before[name] != run[name]
-               and name not in ("config", "source_sha256")]
-    if before["source_sha256"] != SOURCE_SHA256 and not args.resume_anyway:
-        changed.append("train_gpt.py was edited since (--resume-anyway accepts that)")
-    if changed:
-        fail(f"the run {folder.name} cannot go on as another one: {'; '.join(changed)}")
-    edited = before.get("edited", False) or before["source_sha256"] != SOURCE_SHA256
-    before |= {"launch": launch, "edited": edited}
-    write_json(folder / "run.json", before)
-    return folder, before
-
-
-# ---- The training loop -------------------------------------------------------------------------------------
-
-class StopSignal:
-    """
-    Set by the signals that schedulers and people send: the step is finished, the state saved, the run ends
-    with code 75. A second Ctrl-C, more than a second after the first, quits at once.
-    """
-
-    def __init__(self):
-        self.name, self.at = None, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.receive)
-
-    def receive(self, number, frame):
-        if self.name and number == signal.SIGINT and time.monotonic() > self.at + 1:
-            os._exit(128 + number)
-        self.name, self.at = self.name or signal.Signals(number).name, time.monotonic()
-
-class Report:
-    """A step's loss, |gradient|^2 and flags, summed over the team; read a step later, when it is there."""
-
-    def __init__(self, step, values, team):
-        self.step, self.values, self.copied = step, torch.stack(values), None
-        dist.all_reduce(self.values, group=team.group)
-        if self.values.is_cuda:
-            host = torch.empty_like(self.values, device="cpu", pin_memory=True)
-            self.values, self.copied = host.copy_(self.values, non_blocking=True), torch.cuda.Event()
-            self.copied.record()
-
-    def read(self):
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.values.tolist()
 
 def member_schedule(c, tokens, team, member, max_steps=None):
     """The schedule of one of the run's members on these tokens, and in it the member's configuration."""
@@ -1723,557 +1257,244 @@ def member_schedule(c, tokens, team, member, max_steps=None):
     return Schedule(c.member(member // team.teams, links), len(tokens) // (c.seq_len + 1), max_steps)
 
 class Training:
-    """What a team trains with, and what it does between the steps. `progress` is what a state remembers."""
+    """A team's model, teacher, optimizer and schedules, and what it does with them between the steps."""
 
-    def __init__(self, c, args, data, log, team, device, dtype, stop):
-        self.c, self.args, self.data, self.log, self.team, self.stop = c, args, data, log, team, stop
-        self.device, self.dtype, self.folder = device, dtype, log.folder / "checkpoints"
-        self.started, self.pulsed = time.time(), -math.inf
-        self.seen = [deque(maxlen=11) for _ in range(team.teams)]  # what pulse() saw of the other teams
-        self.schedules = [member_schedule(c, data.splits["train"], team, member, args.max_steps)
+    def __init__(self, run):
+        c = run.c
+        self.run, self.c, self.folder = run, c, run.folder / "checkpoints"
+        self.schedules = [member_schedule(c, run.data.splits["train"], run.team, member, run.args.max_steps)
                           for member in range(c.members)]
-        self.own = range(team.index, c.members, team.teams)  # the members that this team trains
-        self.model = make_model(c, data.vocab_size, device, dtype)
-        self.model.checkpointing = args.checkpointing
-        initialise(self.model, c, args.seed)
+        self.own = range(run.team.index, c.members, run.team.teams)  # the members that this team trains
+        self.model = make_model(c, run.data.vocab_size, run.device, run.dtype)
+        self.model.checkpointing = run.args.checkpointing
+        initialise(self.model, c, run.args.seed)
         self.teacher = frozen(self.model) if c.distill else None
-        self.optimizer = Optimizer(self.model, c, dtype, team)
-        self.keeper = Keeper(log, self.optimizer, team)
-        first = self.schedules[team.index]
-        flops = sum(self.schedules[member].training_flops(data.vocab_size) for member in self.own)
-        log(f"plan   {self.model.parameter_count():,} parameters, {c.epochs} epochs of "
-            f"{first.per_epoch * c.seq_len:,} tokens, {first.steps} steps of {c.batch_tokens:,}, "
-            f"{flops:.3g} FLOPs")
-        self.warm_up()
-        self.progress = self.keeper.restore() or dict(member=team.index, step=0, updates=0, metrics_bytes=0,
-                                                      train_seconds=0.0, wall_seconds=0.0)
-        self.progress["ranks"] = team.size
-        self.wall_before = self.progress["wall_seconds"]
-        log.rewind(self.progress["metrics_bytes"])
+        self.optimizer = Optimizer(self.model, c, run.dtype, run.team)
+
+    def flops(self, members):
+        """The counted operations of training these members."""
+        return sum(self.schedules[member].training_flops(self.run.data.vocab_size) for member in members)
+
+    def describe(self):
+        first = self.schedules[self.own[0]]
+        self.run.log(f"plan   {self.model.parameter_count():,} parameters, {self.c.epochs} epochs of "
+                     f"{first.per_epoch * self.c.seq_len:,} tokens, {first.steps} steps of "
+                     f"{self.c.batch_tokens:,}, {self.flops(self.own):.3g} FLOPs")
 
     def warm_up(self):
         """Compiles every variant of the model on throw-away data, so that training time holds none of it."""
-        c, batch = self.c, self.args.device_batch
-        sequences = torch.zeros(batch, c.seq_len + 1, dtype=torch.int64, device=self.device)
-        noise = Noise(*(part.to(self.device) for part in draw_noise(c, 0, range(batch), self.dtype)))
+        c, batch, device = self.c, self.run.args.device_batch, self.run.device
+        sequences = torch.zeros(batch, c.seq_len + 1, dtype=torch.int64, device=device)
+        noise = Noise(*(part.to(device) for part in draw_noise(c, 0, range(batch), self.run.dtype)))
         variants = {(s.mode(step), len(s.ahead(step)), s.c.distill > 0)
                     for s in (self.schedules[member] for member in self.own) for step in range(s.end)}
+        began = time.perf_counter()
+        self.run.log(f"       preparing {len(variants)} variants of a step")
         for mode, ahead, taught in sorted(variants):
             lesson = self.teacher.teach(sequences, mode) if taught else None
             self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
             frozen(self.model).target_logprobs(sequences, mode)
         for p in self.model.parameters():
             p.grad.zero_()
+        self.run.log(f"       prepared in {time.perf_counter() - began:.0f} s")
 
     def begin(self, member):
         """Makes the weights that a member starts from: new ones, or the perturbed ones of the one before."""
-        c, link = self.c, member // self.team.teams
-        seed = self.args.seed + (self.team.index if c.restarts else member)
-        if self.progress["step"] == 0 and c.restarts and link:
+        run, c, link = self.run, self.c, member // self.run.team.teams
+        seed = run.args.seed + (run.team.index if c.restarts else member)
+        if run.progress["step"] == 0 and c.restarts and link:
             perturb(self.model, c, seed, link, len(self.own))
-        elif self.progress["step"] == 0:
+        elif run.progress["step"] == 0:
             initialise(self.model, c, seed)
             self.optimizer.reset()
-            start = self.evaluate(member, 0, 0, self.schedules[member].mode(0))[0]
-            self.log(f"start  val {start.loss:.4f} before training")
+            start, _ = run.evaluate(member, 0, 0, self.scorer(self.schedules[member].mode(0)))
+            run.log(f"start  val {start.loss:.4f} before training")
         return seed
 
     def load_teacher(self, member):
         """The member before in the chain becomes the teacher; -> how it is run."""
-        record = self.folder / f"member_{member - self.team.teams:04d}.json"
-        if not record.exists():
-            fail(f"{record} is missing: it belongs to the teacher of member {member}")
-        before = read_member(json.loads(record.read_text()))
+        record = self.folder / f"member_{member - self.run.team.teams:04d}.json"
+        before = read_member(record)
         check_digest(path := self.folder / before.checkpoint, before.sha256)
         load_weights(self.teacher, path)
         return before.mode
 
-    def likelihoods(self, split, mode):
-        model = frozen(self.model)  # so that no batch casts the weights anew
-
-        def scorer(part):
-            self.pulse()
-            return model.target_logprobs(part, mode)
-
-        sequences = self.data.sequences(split, self.c.seq_len)
-        return log_likelihoods(scorer, sequences, self.args.device_batch, self.team, self.device)
-
-    def evaluate(self, member, step, epoch, mode):
-        """-> (the Score on val, the log-probabilities that it comes from)."""
-        logp = self.likelihoods("val", mode)
-        result = score(self.data, "val", self.c.seq_len, logp)
-        self.check_finite("val loss", result.loss, step)
-        self.log.metric("eval", member=member, step=step, epoch=epoch, split="val", loss=result.loss,
-                        bpb=result.bpb)
-        return result, logp
-
-    def check_finite(self, what, value, step):
-        if not math.isfinite(value):
-            kept = sorted(path.name for path in self.folder.glob("*.pt"))
-            quit_run(3, f"the {what} is {value} at step {step}; the last good checkpoint is "
-                        f"{kept[-1] if kept else 'none'} in runs/{self.log.folder.name}")
+    def scorer(self, mode):
+        """(B, T+1) -> log-probabilities of the targets, by weights that are cast once, not for each batch."""
+        model = frozen(self.model)
+        return lambda sequences: model.target_logprobs(sequences, mode)
 
     def keep(self, name, mode, val, others=True):
         """Files the model as a member of the predictor, with what it gives the targets of val and others."""
         scores = {"val": val.astype(np.float32)}
         for split in ["audit"] + ["fitness"] * (self.c.top > 0) if others else []:
-            scores[split] = self.likelihoods(split, mode).astype(np.float32)
-        if self.log.main:
-            sha256 = save_weights(self.model, self.folder / f"{name}.pt")
-            scored = write_atomic(self.folder / f"{name}.npz", lambda file: np.savez(file, **scores))
-            loss = -scores["val"].mean(dtype=float)
-            member = Member(f"{name}.pt", sha256, scored, mode, loss)
-            write_json(self.folder / f"{name}.json", member._asdict())
-            if self.c.members == 1:
-                self.write_predictor(1)
-        dist.barrier(group=self.team.group)
+            scores[split] = self.run.likelihoods(split, self.scorer(mode)).astype(np.float32)
+        self.run.file_member(name, frozen(self.model).state_dict(), scores, mode=mode,
+                             val_loss=-scores["val"].mean(dtype=float))
+
+    def discard(self, files):
+        """Removes members that are no part of the predictor."""
+        for path in files if self.run.log.main else ():
+            for suffix in (".pt", ".npz", ".json"):  # what has its .json is found again
+                path.with_suffix(suffix).unlink(missing_ok=True)
 
     def write_predictor(self, count):
         """Says in predictor.json what the first `count` members predict with; -> them, weighted."""
         members = members_of(self.c, self.folder, count)
-        spec = {"config": dataclasses.asdict(self.c), "vocab_size": self.data.vocab_size,
-                "dtype": str(self.dtype)[6:], "members": [member._asdict() for member in members]}
-        write_json(self.folder / "predictor.json", spec)
+        if self.run.log.main:
+            spec = {"config": dataclasses.asdict(self.c), "vocab_size": self.run.data.vocab_size,
+                    "dtype": str(self.run.dtype)[6:], "members": [member._asdict() for member in members]}
+            write_json(self.folder / "predictor.json", spec)
         return members
 
-    def discard(self, files):
-        """Removes members that are no part of the predictor."""
-        for path in files if self.log.main else ():
-            for suffix in (".pt", ".npz", ".json"):  # what has its .json is found again
-                path.with_suffix(suffix).unlink(missing_ok=True)
+    def end_epoch(self, member, epoch, step, speed):
+        """Scores val after `step` steps; of a run with one member the last epochs are its predictor."""
+        run, c, schedule = self.run, self.c, self.schedules[member]
+        mode, last = schedule.mode(step - 1), schedule.epoch(schedule.end - 1)
+        averaged = c.average if c.average_kind == "probs" else 0
+        result, val = run.evaluate(member, step, epoch, self.scorer(mode))
+        if c.members == 1:
+            self.keep(f"epoch_{epoch:04d}", mode, val, others=epoch > last - averaged)
+            self.write_predictor(1)
+            dist.barrier(group=run.team.group)
+            self.discard(sorted(self.folder.glob("epoch_*.json"))[:-max(1, averaged)])
+        losses = [m["loss"] for m in run.log.metrics["step"][-schedule.steps:]
+                  if m["member"] == member and schedule.epoch(m["step"]) == epoch]
+        run.log(f"epoch  {epoch:3d}/{schedule.c.epochs}  step {step:5d}  train {np.mean(losses):.4f}  "
+                f"val {result.loss:.4f}  {result.bpb:.4f} bpb  {run.clock.seconds() / 60:.1f} min  "
+                f"{speed:,.0f} tok/s")
+        run.log.plot()
 
-    def wall_seconds(self):
-        return self.wall_before + time.time() - self.started
+    def end_member(self, member):
+        """Files a member of an ensemble, or the one model of a run that averages weights."""
+        schedule, steps = self.schedules[member], self.schedules[member].end
+        if any(map(schedule.average, range(steps))):
+            self.optimizer.take_average()
+        mode = schedule.mode(steps - 1)
+        result, val = self.run.evaluate(member, steps, schedule.epoch(steps - 1), self.scorer(mode))
+        self.keep(f"member_{member:04d}", mode, val)
+        if self.c.members == 1:
+            self.write_predictor(1)
+        dist.barrier(group=self.run.team.group)
+        self.discard(self.folder.glob("epoch_*.json"))
+        return result
 
-    def save_state(self):
-        with open(self.log.folder / f"metrics{self.log.suffix}.jsonl", "a") as file:
-            os.fsync(file.fileno())
-            now = {"metrics_bytes": file.tell(), "wall_seconds": self.wall_seconds()}
-            self.keeper.save(self.progress | now)
-
-    def leave(self):
-        """Ends the run because a signal has come."""
-        self.keeper.wait()
-        dist.barrier(group=self.team.group)
-        quit_run(75, f"stopped by a signal after step {self.progress['step'] - 1}; to go on: ./run.sh "
-                     f"{self.args.track} --resume {self.log.folder.name}")
-
-    def pulse(self):
-        """
-        Shows the other teams, with which it shares no collective, that this one goes on: by the time of its
-        metrics. Ends the run, as a collective would, when an unfinished team has shown nothing for --timeout.
-        Called for every micro-batch, so that a team that is merely slow is not taken for one that hangs.
-        """
-        if not self.log.main or time.monotonic() < self.pulsed + 60 * self.args.timeout / 10:
-            return
-        self.pulsed = time.monotonic()
-        for index, seen in enumerate(self.seen):
-            path = self.log.folder / f"metrics{f'_{index}' * (index > 0)}.jsonl"
-            last = range(index, self.c.members, len(self.seen))[-1]
-            if index == self.team.index:
-                path.touch()
-            elif not (self.folder / f"member_{last:04d}.json").exists():
-                seen.append(path.exists() and path.stat().st_mtime_ns)
-                if seen.count(seen[-1]) == seen.maxlen:
-                    self.log(f"team {index} of {len(self.seen)} does not answer")
-                    raise RuntimeError("Application timeout between teams")
-
-    def wait_for_teams(self, count):
-        """Until there are the first `count` members. All ranks see a signal that came to one."""
-        while True:
-            self.pulse()
-            missing = not all((self.folder / f"member_{n:04d}.json").exists() for n in range(count))
-            flags = torch.tensor([missing, self.stop.name is not None], dtype=torch.float32)
-            dist.all_reduce(flags, group=self.team.side)
-            if flags[1]:
-                self.leave()
-            if not flags[0]:
-                return
-            time.sleep(0.1)
+    def mix_so_far(self, member, loss):
+        """Waits for the teams' members up to this one, and says how well they predict together."""
+        run, count = self.run, min(member + self.run.team.teams, self.c.members)
+        run.wait_for_teams(count)
+        so_far = self.write_predictor(count)
+        if run.log.main:
+            logp, _ = mixture((m.weight, logprobs(self.folder, m, "val")) for m in so_far)
+            run.log.metric("ensemble", member=member, step=self.schedules[member].end, members=len(so_far),
+                           loss=-logp.mean())
+            run.log(f"member {member + 1:3d}/{self.c.members}  val {loss:.4f}  "
+                    f"the {len(so_far)} members so far {-logp.mean():.4f}")
+            run.log.plot()
 
 def train(t):
     """Trains the team's members, one after another, or goes on with them."""
-    c, args, team, log, progress, optimizer = t.c, t.args, t.team, t.log, t.progress, t.optimizer
-    if progress["updates"]:
-        minutes = progress["train_seconds"] / 60
-        log(f"resume at step {progress['step']}, after {minutes:.1f} minutes of training")
+    run, c, progress = t.run, t.c, t.run.progress
     gc.collect()
     gc.freeze()  # what lives now lives to the end: the collector need not walk it at every pass
     place = 0  # in the stream: fresh members read it from its start, snapshots where the one before has ended
     for member in t.own:
-        schedule = t.schedules[member]
-        cm, steps = schedule.c, schedule.end
-        start, place = place, place + c.restarts * steps * cm.batch_sequences
+        start, steps = place, t.schedules[member].end
+        place += c.restarts * steps * t.schedules[member].c.batch_sequences
         if member < progress["member"]:
             continue
         if member > progress["member"]:
             progress |= {"member": member, "step": 0}
-        first, last, report = progress["step"], schedule.epoch(steps - 1), None
-        seed, seconds_before = t.begin(member), progress["train_seconds"]
-        teacher_mode = t.load_teacher(member) if cm.distill else None
-        stream = Stream(t.data.splits["train"], t.data.documents("train"), c, seed)
-        supply = batches(stream, cm, team, start + first * cm.batch_sequences, t.device, t.dtype,
-                         args.device_batch)
-        bar = tqdm(initial=first, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
-                   disable=not (log.main and team.index == 0 and sys.stdout.isatty()))
-
-        def settle(report):
-            """Reads and logs a step's report; -> (is a state due, has a signal come)."""
-            loss, squares, save_due, stopping = report.read()
-            step, seconds = report.step, progress["train_seconds"]
-            t.check_finite("training loss", loss, step)
-            t.check_finite("gradient", squares, step)
-            log.metric("step", member=member, step=step, loss=loss, grad_norm=squares ** 0.5,
-                       lr=schedule.lr(step), weight_decay=schedule.weight_decay(step),
-                       seconds=round(seconds, 3))
-            log(f"step   {step + 1:5d}/{steps}  train {loss:.4f}  {seconds:.1f} s", console=False)
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
-            if step == first + 9:
-                minutes = (seconds - seconds_before) / 10 * (steps - first) / 60
-                log(f"       about {minutes:.1f} minutes of training expected")
-            return save_due, stopping
-
-        for step in range(first, steps):
-            began, epoch, mode = time.perf_counter(), schedule.epoch(step), schedule.mode(step)
-            loss = torch.zeros((), device=t.device)
-            for n, (sequences, noise) in enumerate(batch := next(supply), 1):
-                t.pulse()
-                if n == len(batch):
-                    optimizer.expect()
-                lesson = t.teacher.teach(sequences, teacher_mode) if cm.distill else None
-                total, plain = t.model.loss(sequences, mode, noise, cm.batch_sequences, schedule.ahead(step),
-                                            lesson)
-                total.backward()
-                loss += plain
-            progress |= {"step": step + 1, "updates": progress["updates"] + 1}
-            squares = optimizer.step(schedule.lr(step), schedule.weight_decay(step), schedule.momentum(step),
-                                     progress["updates"] if c.restarts else step + 1, schedule.average(step))
-            # One message tells all ranks the loss, the gradient's norm, and whether one should save or stop.
-            save_due = time.monotonic() > t.keeper.saved_at + 60 * args.save_every
-            flags = loss.new_tensor((save_due, t.stop.name is not None))
-            report, earlier = Report(step, (loss, squares, *flags), team), report
-            save_due, stopping = settle(earlier) if earlier else (False, False)
-            ends_epoch = schedule.epoch(step + 1) > epoch or step + 1 == steps
-            if pause := ends_epoch or save_due or stopping:
-                report.read()  # waits for the device
-            progress["train_seconds"] += time.perf_counter() - began
-            if pause:
-                stopping, report = settle(report)[1] or stopping, None
-            if ends_epoch:
-                result, val = t.evaluate(member, step + 1, epoch, mode)
-                if c.members == 1:
-                    averaged = c.average if c.average_kind == "probs" else 0
-                    t.keep(f"epoch_{epoch:04d}", mode, val, others=epoch > last - averaged)
-                    t.discard(sorted(t.folder.glob("epoch_*.json"))[:-max(1, averaged)])
-                losses = [m["loss"] for m in log.metrics["step"][-schedule.steps:]
-                          if m["member"] == member and schedule.epoch(m["step"]) == epoch]
-                speed = (step + 1 - first) * cm.batch_tokens / (progress["train_seconds"] - seconds_before)
-                log(f"epoch  {epoch:3d}/{cm.epochs}  step {step + 1:5d}  train {np.mean(losses):.4f}  "
-                    f"val {result.loss:.4f}  {result.bpb:.4f} bpb  {progress['train_seconds'] / 60:.1f} min  "
-                    f"{speed:,.0f} tok/s")
-                log.plot()
-            if pause:
-                t.save_state()
-            if stopping and not (step + 1 == steps and member + team.teams >= c.members):
-                t.leave()
-        bar.close()
-        supply.close()
-        t.keeper.wait()
+        train_member(t, member, start)
         if c.members > 1 or c.average_kind != "probs":
-            if any(map(schedule.average, range(steps))):
-                optimizer.take_average()
-            mode = schedule.mode(steps - 1)
-            result, val = t.evaluate(member, steps, last, mode)
-            t.keep(f"member_{member:04d}", mode, val)
-            t.discard(t.folder.glob("epoch_*.json"))
-        if c.members > 1 and team.index == 0:
-            t.wait_for_teams(count := min(member + team.teams, c.members))
-            if log.main:
-                so_far = t.write_predictor(count)
-                logp, _ = mixture((m.weight, logprobs(t.folder, m, "val")) for m in so_far)
-                log.metric("ensemble", member=member, step=steps, members=len(so_far), loss=-logp.mean())
-                log(f"member {member + 1:3d}/{c.members}  val {result.loss:.4f}  "
-                    f"the {len(so_far)} members so far {-logp.mean():.4f}")
-                log.plot()
-    if team.index:
-        t.wait_for_teams(c.members)  # in case that another hangs: torchrun would not end it
+            result = t.end_member(member)
+        if c.members > 1 and run.team.index == 0:
+            t.mix_so_far(member, result.loss)
+    if run.team.index:
+        run.wait_for_teams(c.members)  # in case that another hangs: torchrun would not end it
 
-def finish(t, run):
-    """Scores the final predictor, writes what the run leaves behind, prints the final table."""
-    c, args, data, log, team, folder = t.c, t.args, t.data, t.log, t.team, t.folder
-    dist.barrier(group=team.group)  # the first rank has written predictor.json
-    members, mixed = members_of(c, folder, c.members), {}
-    predictor = Predictor(log.folder, t.device) if c.mix == "logits" else None
-    for split in ("val", "audit"):
-        if predictor:
-            sequences = data.sequences(split, c.seq_len)
-            mixed[split], _ = predictor.score(sequences, args.device_batch, team)
-        elif log.main:
-            mixed[split], _ = mixture((m.weight, logprobs(folder, m, split)) for m in members)
-    if not log.main:
-        return
-    scores = {split: score(data, split, c.seq_len, mixed[split]) for split in mixed}
-    totals = {f"{split}_{name}": getattr(scores[split], name) for split in scores for name in ("loss", "bpb")}
-    r = {
-        "track": args.track, "seed": args.seed, "config": dataclasses.asdict(c), **totals,
-        "members": [{"checkpoint": m.checkpoint, "weight": m.weight, "val_loss": m.val_loss}
-                    for m in members],
-        "parameters": t.model.parameter_count(),
-        "tokens_seen": sum(s.end * s.c.batch_tokens for s in t.schedules),
-        "training_flops": sum(s.training_flops(data.vocab_size) for s in t.schedules),
-        "train_seconds": t.progress["train_seconds"], "wall_seconds": t.wall_seconds(),
-        "gpu_seconds": t.progress["train_seconds"] * dist.get_world_size(),
-        **{name: run[name] for name in ("machine", "data")}, "source_sha256": SOURCE_SHA256,
-        "val_evaluations": 1 + sum(json.loads(row)["kind"] in ("eval", "ensemble")
-                                   for path in log.folder.glob("metrics*.jsonl") for row in path.open()),
-        "date": f"{datetime.now():%Y-%m-%d}",
-    }
-    field, cap = CAPS.get(args.track, ("training_flops", math.inf))
-    dataset = TRACKS[args.track].get("dataset", Config.dataset)
-    r["violations"] = [reason for reason, broken in {
-        f"{field} {r[field]:.4g} is over the track's cap of {cap:.4g}": r[field] > cap,
-        "stopped early by --max-steps": any(s.end < s.steps for s in t.schedules),
-        f"trained on {data.name}, not on the track's {dataset}": data.name != dataset,
-        "train_gpt.py was edited while it ran": run["edited"],
-    }.items() if broken]
-    r["complete"] = True
-    log.metric("final", step=t.schedules[-1].end, **totals)
-    log.plot(final=r["val_loss"])
-    documents = {f"{split}_{name}": values for split in scores
-                 for name, values in scores[split].documents.items()}
-    write_atomic(log.folder / "doc_losses.npz", lambda file: np.savez_compressed(file, **documents))
-    write_json(log.folder / "result.json", r)
-    for state in log.folder.glob("state*"):
-        shutil.rmtree(state)
-    log("\n" + "\n".join(f"{name:<12} {text}" for name, text in [
-        ("val loss", f"{r['val_loss']:.4f}   ({r['val_bpb']:.4f} bits per byte)"),
-        ("audit loss", f"{r['audit_loss']:.4f}   ({r['audit_bpb']:.4f} bits per byte)"),
-        *(("  member", f"{m['val_loss']:.4f}   val loss of {m['checkpoint']}, weight {m['weight']:.3f}")
-          for m in r["members"]),
-        ("training", f"{r['train_seconds'] / 60:.1f} min of {r['wall_seconds'] / 60:.1f} min in all"),
-        ("compute", f"{r['training_flops']:.4g} FLOPs, {r['tokens_seen']:,} tokens, "
-                    f"{r['parameters']:,} parameters"),
-        *(("no record", reason) for reason in r["violations"]),
-        ("run", f"runs/{log.folder.name}/  (loss.svg, result.json, log.txt)"),
-    ]))
+def train_member(t, member, start):
+    """The steps of one member; `start` is its first sequence in the stream."""
+    run, optimizer, schedule, progress = t.run, t.optimizer, t.schedules[member], t.run.progress
+    c, first, steps, report = schedule.c, progress["step"], schedule.end, None
+    seed, seconds = t.begin(member), run.clock.seconds()
+    teacher_mode = t.load_teacher(member) if c.distill else None
+    stream = Stream(run.data.splits["train"], run.data.documents("train"), c, seed)
+    supply = batches(stream, c, run.team, start + first * c.batch_sequences, run.device, run.dtype,
+                     run.args.device_batch)
+    episodes = Episodes(c, optimizer, run.args.device_batch)
+    run.begin_steps(member, first, steps)
+    for step in range(first, steps):
+        epoch, mode, loss = schedule.epoch(step), schedule.mode(step), torch.zeros((), device=run.device)
+        for n, (sequences, noise) in enumerate(batch := next(supply), 1):
+            run.pulse()
+            if n == len(batch):
+                optimizer.expect()
+            lesson = t.teacher.teach(sequences, teacher_mode) if c.distill else None
+            total, plain = t.model.loss(sequences, mode, noise, c.batch_sequences, schedule.ahead(step),
+                                        lesson)
+            total.backward()
+            episodes.after(n, len(batch), schedule.meta_norm(step))
+            loss += plain
+        progress |= {"step": step + 1, "updates": progress["updates"] + 1}
+        lr, weight_decay = schedule.lr(step), schedule.weight_decay(step)
+        squares = optimizer.step(lr, weight_decay, schedule.momentum(step),
+                                 progress["updates"] if c.restarts else step + 1, schedule.average(step))
+        # A step's report is read after the next one was launched: the device never waits for the host.
+        report, earlier = run.report(step, loss, squares, lr=lr, weight_decay=weight_decay), report
+        save_due, stopping = run.settle(earlier) if earlier else (False, False)
+        ends_epoch = schedule.epoch(step + 1) > epoch or step + 1 == steps
+        if pause := ends_epoch or save_due or stopping:
+            stopping, report = run.settle(report)[1] or stopping, None
+        if ends_epoch:
+            speed = (step + 1 - first) * c.batch_tokens / (run.clock.seconds() - seconds)
+            t.end_epoch(member, epoch, step + 1, speed)
+        if pause:
+            run.save_state()
+        if stopping and not (step + 1 == steps and member == t.own[-1]):
+            run.leave()
+    run.end_steps()
+    supply.close()
 
-def score_again(args, device, team):
-    """--eval: scores a run, complete or not, from the checkpoints it has so far."""
-    folder = ROOT / "runs" / args.eval
-    if not (folder / "checkpoints" / "predictor.json").exists():
-        fail(f"there is no checkpoint in runs/{args.eval}; the runs are in runs/")
-    predictor = Predictor(folder, device)
-    c = predictor.c
-    data = Dataset(args.data or ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
-    batch = args.device_batch or max(1, 16384 // c.seq_len)
-    result = folder / "result.json"
-    stated = json.loads(result.read_text()) if result.exists() else {}
-    for split in [args.split] if args.split else ["val", "audit"]:
-        if split not in data.splits:
-            data.splits[split] = data.open(Path(split))
-        logp, losses = predictor.score(data.sequences(split, c.seq_len), batch, team, args.mix)
-        total = score(data, split, c.seq_len, logp)
-        if dist.get_rank() == 0:
-            for m, loss in zip(predictor.members, losses):
-                print(f"  {loss:.6f}   {m.checkpoint}, weight {m.weight:.3f}, {m.mode}")
-            said = f"; result.json says {stated[f'{split}_loss']:.6f}" if f"{split}_loss" in stated else ""
-            print(f"{split} loss {total.loss:.6f} ({total.bpb:.6f} bits per byte), {len(predictor.members)} "
-                  f"checkpoint(s), mixed by {args.mix or c.mix}{said}")
+def finish(t):
+    """Mixes the members of the final predictor, for the harness to score."""
+    run, c = t.run, t.c
+    dist.barrier(group=run.team.group)  # the first rank has written predictor.json
+    members, mixed = members_of(c, t.folder, c.members), {}
+    if c.mix == "logits":
+        predictor = Predictor(run.folder, run.device)
+        pick = lambda part: predictor.logprobs(part[:, :-1]).gather(-1, part[:, 1:, None])[..., 0]
+        mixed = {split: run.likelihoods(split, pick) for split in ("val", "audit")}
+    elif run.log.main:
+        mixed = {split: mixture((m.weight, logprobs(t.folder, m, split)) for m in members)[0]
+                 for split in ("val", "audit")}
+    if run.log.main:
+        run.conclude(
+            mixed, members,
+            {"parameters": t.model.parameter_count(), "training_flops": t.flops(range(c.members)),
+             "tokens_seen": sum(s.end * s.c.batch_tokens for s in t.schedules)},
+            stopped_early=any(s.end < s.steps for s in t.schedules))
 
 
 # ---- main --------------------------------------------------------------------------------------------------
 
-def make_parser():
-    """The command line: what a run does, and every field of Config."""
-    layout, switch = argparse.RawDescriptionHelpFormatter, argparse.BooleanOptionalAction
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message}; see ./run.sh --help and ./run.sh nano --help")
-    add = parser.add_argument
-    add("--track", default="nano", help=f"the preset: {', '.join(TRACKS)} (default nano)")
-    add("--config", metavar="FILE", help="a JSON file of fields that override the track's")
-    add("--seed", type=int, help="of initialisation, data order and dropout (default 42)")
-    add("--run-name", help="the folder under runs/ (default: track, date, time and seed)")
-    add("--data", metavar="DIR", help="the dataset's folder (default: data/ and the name of the dataset)")
-    add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (fits 80 GB)")
-    add("--ranks-per-member", type=int, metavar="N", help="ranks that train a member together (default all)")
-    add("--checkpointing", action=switch, default=False, help="save memory: compute blocks twice")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 if in hardware)")
-    add("--compile", action=switch, default=True, help="compile the blocks (default yes)")
-    add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a run (default the newest)")
-    add("--resume-anyway", action="store_true", help="even if train_gpt.py was edited since")
-    add("--save-every", type=float, default=5, metavar="MIN", help="minutes between states (default 5)")
-    add("--timeout", type=float, default=10, metavar="MIN", help="that ranks wait for another (default 10)")
-    add("--max-steps", type=int, metavar="N", help="stop each member early; the run is no record")
-    add("--eval", metavar="RUN", help="score a run again, from its checkpoints so far; --mix may differ")
-    add("--split", metavar="NAME", help="what --eval scores: val, audit or a token file (default val, audit)")
-    add("--wandb", nargs="?", const="slowrun", metavar="PROJECT", help="log to Weights & Biases, offline too")
-    group = parser.add_argument_group("fields of the configuration (defaults are the limited track's)")
-    for field in dataclasses.fields(Config):
-        allowed, text = COMMENTS[field.name]
-        kind = {"action": switch} if field.type is bool else {"type": field.type, "metavar": allowed or "X"}
-        group.add_argument("--" + field.name.replace("_", "-"), **kind, default=None,
-                           help=f"{text} (default {field.default})".replace("%", "%%"))
-    return parser
-
-def parse_args(argv=None, parser=None):
-    """-> (the Config: defaults, then the track's row, then --config, then flags; all of the command line)."""
-    args = (parser or make_parser()).parse_args(argv)
-    if args.track not in TRACKS:
-        fail(f"there is no track {args.track}; the tracks are {', '.join(TRACKS)}")
-    for name, low in (("seed", 0), ("device_batch", 1), ("ranks_per_member", 1), ("max_steps", 1),
-                      ("save_every", 0), ("timeout", 0)):
-        if (value := getattr(args, name)) is not None and value < low:
-            fail(f"--{name.replace('_', '-')} {value} is out of range: {low} or more")
-    if args.run_name and not re.fullmatch(r"[\w.+=-]+", args.run_name):
-        fail(f"--run-name {args.run_name}: only letters, digits and . _ + = -")
-    given = {}
-    if args.config:
-        try:
-            given |= json.loads(Path(args.config).read_text())
-        except (OSError, ValueError, TypeError) as error:
-            fail(f"--config {args.config} is not a JSON object of fields: {error}")
-        if unknown := set(given) - set(COMMENTS):
-            fail(f"--config {args.config} has unknown fields: {', '.join(sorted(unknown))}")
-    given |= {name: getattr(args, name) for name in COMMENTS if getattr(args, name) is not None}
-    fields = TRACKS[args.track] | given
-    if args.resume:  # the run's own configuration; what the command line says must be what it was
-        folder, run = find_run(args)
-        fields, wanted = run["config"], given | ({} if args.seed is None else {"seed": args.seed})
-        before = fields | {"seed": run["seed"]}
-        if changed := [f"{name} was {before.get(name)}, is {wanted[name]}" for name in wanted
-                       if wanted[name] != before.get(name)]:
-            fail(f"the run {folder.name} cannot go on as another one: {'; '.join(changed)}")
-        args.resume, args.seed, args.dtype = folder.name, run["seed"], args.dtype or run["dtype"]
-    args.seed = 42 if args.seed is None else args.seed
-    return Config(**fields), args
-
-def activate_flash():
-    """Hopper's and Blackwell's own flash kernels, where their package is installed; -> what is used."""
-    from torch.nn.attention import activate_flash_attention_impl
-    for name, majors in {"FA3": (9,), "FA4": (9, 10)}.items():
-        if torch.cuda.get_device_capability()[0] in majors:
-            try:
-                activate_flash_attention_impl(name)
-                return name
-            except ImportError:
-                pass  # torch's own serve every GPU since Ampere
-    return "FA2"
-
-def pick_device(args):
-    """-> (device, its name, dtype, why it). Without bfloat16 products in hardware, float32 is faster."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        name = f"{torch.cuda.get_device_name()} with {activate_flash()}"
-        fast = torch.cuda.get_device_capability()[0] >= 8
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = re.findall(r"model name\s*: (.*)", info) or [platform.processor() or platform.machine()]
-        device, name = torch.device("cpu"), f"{models[0]}, {os.cpu_count()} cores"
-        fast = bool({"amx_bf16", "avx512_bf16"} & set(info.split()))
-    if args.dtype:
-        slow = "" if fast or args.dtype == "float32" else "; no bfloat16 units, a hundred times slower"
-        return device, name, getattr(torch, args.dtype), "--dtype" + slow
-    return device, name, *((torch.bfloat16, "in hardware") if fast else (torch.float32, "no bfloat16 units"))
-
-def keep_heap():
-    """
-    glibc gives big blocks back to the system at every free, and their pages are faulted in anew by the next
-    allocation: a tenth of a training step on the CPU. Here it keeps them.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-4, 0)            # M_MMAP_MAX: all blocks come from the heap
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: which never shrinks
-
 def setup_compile(wanted, device, backend="inductor"):
     """Compiles what is worth it, where that can work; -> how it stands, for the log."""
-    headers = Path(sysconfig.get_path("include")) / "Python.h"
-    if not wanted:
-        return "not compiled"
-    if device.type == "cpu" and not (headers.exists() and any(map(shutil.which, ("g++", "clang++", "c++")))):
-        return "not compiled (no C++ compiler or no Python headers: slower)"
-    for owner, name in ((Block, "before"), (Block, "after"), *((sys.modules[__name__], function)
-                        for function in ("mix_stream", "softcap_pass", "softcap_sum", "lesson_pass"))):
-        setattr(owner, name, torch.compile(getattr(owner, name), dynamic=False, backend=backend))
-    torch._dynamo.config.recompile_limit = 64  # one variant per kind of layer, for training and for scoring
-    return "compiled"
-
-def check_batch(c, args, ranks):
-    """The batches divide over the ranks and their micro-steps; sets --device-batch where it was not given."""
-    sizes = {tokens // c.seq_len for tokens in (c.batch_tokens, c.batch_tokens_ends) if tokens}
-    for sequences in sizes:
-        if sequences % ranks:
-            fail(f"--batch-tokens {sequences * c.seq_len}: {ranks} ranks can't share {sequences} sequences")
-    # A token's activations grow with the layers that are run and their width; so every track fits 80 GB.
-    share, width = math.gcd(*sizes) // ranks, c.n_embd * len(c.layer_order(True))
-    most = max(1, min(2 ** 14, 2 ** 30 // width) // c.seq_len)
-    if args.device_batch is None:
-        args.device_batch = max(b for b in range(1, share + 1) if share % b == 0 and b <= most)
-    if share % args.device_batch:
-        fail(f"--device-batch {args.device_batch} does not divide a rank's {share} sequences per step")
+    here, functions = sys.modules[__name__], ("mix_stream", "softcap_pass", "softcap_sum", "lesson_pass")
+    parts = (Block, "before"), (Block, "after"), *((here, function) for function in functions)
+    return compile_parts(parts, wanted, device, backend)
 
 def main(stop, argv=None):
-    c, args = parse_args(argv)
-    device, device_name, dtype, reason = pick_device(args)
-    compiled = setup_compile(args.compile, device)
-    if device.type == "cpu":
-        keep_heap()
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    timeout = timedelta(minutes=args.timeout)
-    dist.init_process_group(backend, timeout=timeout, **alone)
-    world = make_team(dist.get_world_size(), timeout)
-    team = make_team(args.ranks_per_member or world.size, timeout)
-    if args.eval:
-        return score_again(args, device, world)
-    check_batch(c, args, team.size)
-    if ":" in c.optimizer:
-        foreign_optimizer(c, [nn.Parameter(torch.zeros(2, 2))])  # a mistake shows before there is a run
-    folder = args.data or ROOT / "data" / c.dataset
-    data = Dataset(folder, f"./run.sh data {c.dataset}")
-    if c.fitness_tokens:
-        data.set_aside(c.fitness_tokens)
-    if min(map(len, data.splits.values())) <= c.seq_len:
-        fail(f"{folder} has a split that is shorter than a sequence; lower --seq-len {c.seq_len}")
-    machine = {"device": device.type, "name": device_name, "count": dist.get_world_size(),
-               "torch": torch.__version__}
-    run = {"track": args.track, "seed": args.seed, "config": dataclasses.asdict(c), "dtype": str(dtype)[6:],
-           "data": {"name": data.name, **data.digests}, "teams": team.teams, "source_sha256": SOURCE_SHA256}
-    folder, run = on_main(world, open_run, run, args)
-    wandb = dict(project=args.wandb, name=folder.name, id=folder.name, resume="allow", config=run["config"])
-    log = RunLog(folder, f"{args.track}, seed {args.seed}", wandb if args.wandb else None, team)
-    log(f"slowrun {args.track}, seed {args.seed}: {dist.get_world_size()} x {device_name}, "
-        f"{str(dtype)[6:]} ({reason}), {compiled}, torch {torch.__version__}")
-    log(f"python {platform.python_version()}, numpy {np.__version__}, {platform.platform()}, "
-        f"{torch.get_num_threads()} threads per rank\n"
-        f"command {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}\n"
-        f"config {json.dumps(run['config'])}", console=False)
-    if shutil.which("nvidia-smi"):
-        log(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout, console=False)
-    global LEADS_TEAM
-    LEADS_TEAM = team.rank == 0
-    training = Training(c, args, data, log, team, device, dtype, stop)
+    run = Run(stop, Config, TRACKS, SOURCE, argv)
+    run.log(setup_compile(run.args.compile, run.device), console=False)
+    training = Training(run)
+    training.describe()
+    training.warm_up()
+    run.restore(training.optimizer)
     train(training)
-    if team.index == 0:
-        finish(training, run | {"machine": machine})
+    if run.team.index == 0:
+        finish(training)
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    stop = StopSignal()
-    try:
-        main(stop)
-    except dcp.CheckpointException as error:  # the same on all ranks
-        fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
-    except RuntimeError as error:
-        if not re.search("gloo/transport|Application timeout", str(error)):
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if stop.name:
-            signal.raise_signal(signal.SIGTERM)
-        time.sleep(10)  # torchrun ends all ranks when it has lost one; otherwise one of them does not answer
-        os._exit(4)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        fail(f"cannot write {error.filename or 'the run folder'}: {error.strerror}; make room there")
+    launch(main)

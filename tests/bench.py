@@ -23,6 +23,7 @@ that time all parts in turn on an idle machine.
 import ctypes
 import importlib.util
 import itertools
+import os
 import re
 import sys
 import tempfile
@@ -40,8 +41,20 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import harness
+import logbook
 import train_gpt
 from plan import matmul_peak
+
+# What run.sh has set for a run; glibc reads them when a process begins.
+HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+
+class PlainKeeper(logbook.Keeper):
+    """Saves a state by torch.save."""
+
+    def save(self, progress):
+        state = [progress, *((group.W, group.state) for group in self.optimizer.groups)]
+        logbook.write_atomic(self.folder / "plain.pt", lambda file: torch.save(state, file))
 
 def load_plain():
     """A copy of train_gpt.py, as a module of its own, whose fast parts are the textbook's."""
@@ -66,27 +79,24 @@ def load_plain():
         for i in range(len(W)):
             update(W[i:i + 1], G[i:i + 1], {name: s[i:i + 1] for name, s in state.items()}, *settings)
 
-    def save(keeper, progress):
-        state = [progress, *((group.W, group.state) for group in keeper.optimizer.groups)]
-        t.write_atomic(keeper.folder / "plain.pt", lambda file: torch.save(state, file))
-
     t.ATTENTION["cpu"], t.muon_update, t.HeadLoss = attention, one_by_one, SimpleNamespace(apply=head_loss)
     t.target_logprobs = lambda x, W, y, c: logits(x, W, c).log_softmax(-1).gather(-1, y[..., None])[..., 0]
     t.dropout = lambda x, p, key: x if key is None else F.dropout(x, p)
-    t.Keeper.save, t.frozen = save, lambda model: model
+    t.frozen = lambda model: model
     return t
+
 
 # ---- The parts ---------------------------------------------------------------------------------------------
 
 # call() returns tensors on which both versions agree; `steps` says how many steps of a run are such a call.
 Part = namedtuple("Part", "call tokens flops steps", defaults=(0, 0.0, 0))
 
-def make_parts(t, track, folder, dtype):
-    """-> {name: Part} of train_gpt.py as the module t."""
-    c, args = t.parse_args(["--track", track])
-    c, cpu, team = c.member(0, 1), torch.device("cpu"), t.make_team(1, None)
-    t.check_batch(c, args, 1)
-    data = t.Dataset(t.ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
+def make_parts(t, Keeper, track, folder, dtype):
+    """-> {name: Part} of train_gpt.py as the module t, and of a way to save states."""
+    args = logbook.parse_args(t.Config, t.TRACKS, ["--track", track])
+    c, cpu, team = t.Config(**args.fields).member(0, 1), torch.device("cpu"), logbook.make_team(1, None)
+    harness.check_batch(c, args, 1)
+    data = harness.Dataset(harness.ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
     V, T, C, B = data.vocab_size, c.seq_len, c.n_embd, args.device_batch
     schedule = t.Schedule(c, len(data.splits["train"]) // (T + 1))
     modes = [schedule.mode(n) for n in range(schedule.steps)]
@@ -95,7 +105,7 @@ def make_parts(t, track, folder, dtype):
     model.head.data.mul_(100)  # logits of about 1, as those of a trained model; the first ones are next to 0
     frozen = t.frozen(model)
     optimizer, counter = t.Optimizer(model, c, dtype, team), itertools.count(1)
-    keeper = t.Keeper(SimpleNamespace(folder=folder, suffix=""), optimizer, team)
+    keeper = Keeper(SimpleNamespace(folder=folder, suffix=""), optimizer, team)
     stream = t.Stream(data.splits["train"], data.documents("train"), c, 42)
     supply = t.batches(stream, c, team, 0, cpu, dtype, B)
     sequences = next(supply)[0][0]
@@ -146,6 +156,7 @@ def make_parts(t, track, folder, dtype):
         flops = c.batch_tokens * t.flops_per_token(c, V, kind)
         parts[name] = Part(partial(step, modes.index(kind)), c.batch_tokens, flops, modes.count(kind))
     return parts | {"save": Part(lambda: keeper.save({"updates": next(counter)}) or keeper.wait() or ())}
+
 
 # ---- Measuring ---------------------------------------------------------------------------------------------
 
@@ -222,7 +233,7 @@ def print_profile(name, call, steps=5):
 def main():
     t = train_gpt
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.error = lambda message: t.fail(f"{message}; see python tests/bench.py --help")
+    parser.error = lambda message: logbook.fail(f"{message}; see python tests/bench.py --help")
     add = parser.add_argument
     add("part", nargs="*", metavar="PART", help="first word of a part to measure (default: all)")
     add("--track", default="nano", help="whose preset is measured (default nano)")
@@ -236,10 +247,9 @@ def main():
     torch.set_num_threads(args.threads)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     compiled = t.setup_compile(True, torch.device("cpu"))
-    t.keep_heap()
-    dtype = t.pick_device(args)[2]
+    dtype = logbook.pick_device(args)[2]
     with tempfile.TemporaryDirectory() as folder:
-        parts = make_parts(t, args.track, Path(folder), dtype)
+        parts = make_parts(t, logbook.Keeper, args.track, Path(folder), dtype)
         if unknown := set(args.part) - {name.split()[0] for name in parts}:
             parser.error(f"there is no part {', '.join(sorted(unknown))}")
         print(f"{args.track}, {str(dtype)[6:]}, {args.threads} threads, {compiled}, "
@@ -251,9 +261,11 @@ def main():
             for name in chosen if args.part else [name for name in chosen if parts[name].steps][-1:]:
                 print_profile(name, parts[name].call)
             return
-        plain = make_parts(load_plain(), args.track, Path(folder), dtype)
+        plain = make_parts(load_plain(), PlainKeeper, args.track, Path(folder), dtype)
         versions = {name: (parts[name], plain[name]) for name in chosen}
         print_table(versions, *measure(versions, args.rounds, dtype))
 
 if __name__ == "__main__":
+    if not HEAP.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, HEAP | os.environ)
     main()

@@ -30,8 +30,7 @@ import torch
 EPSILON = 2.0**-23  # of every RMS norm: the machine epsilon of float32
 
 
-# ---- Model ---------------------------------------------------------------------------------------
-
+# ---- Model -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, eq=False)
 class Net:
@@ -49,7 +48,6 @@ class Net:
     key_offset_layers: tuple = ()  # half of each key is that of the position before (tiny); L: the MTP block
     passes: int = 1  # of the whole network; all but the last are detached (tiny)
     norm_passes: bool = False  # an RMS norm after each pass, beside the one before the head (tiny)
-
 
 def parameter_shapes(
     n_layer, n_embd, n_head, hidden, padded_vocab, iha=True, head_gate=True, xsa=False, mtp=True
@@ -80,7 +78,6 @@ def parameter_shapes(
         shapes |= {"mtp.proj": (d, 2 * d)} | block("mtp.block", value_layer=False, xsa=False)
     return shapes
 
-
 def layer_order(n_layer, replay=None):
     """Executions of one pass; replay = (first, last, times): layers first..last run `times` times in all."""
     layers = list(range(n_layer))
@@ -89,17 +86,14 @@ def layer_order(n_layer, replay=None):
     first, last, times = replay
     return tuple(layers[:first] + layers[first : last + 1] * times + layers[last + 1 :])
 
-
-def layer_windows(n_layer, short, long, pattern="SSSL"):
-    """Window of each layer: the pattern repeated, the last layer always long."""
-    windows = [short if pattern[i % len(pattern)] == "S" else long for i in range(n_layer)]
+def layer_windows(n_layer, short, long):
+    """Window of each layer: three short ones and a long one in turn, the last layer always long."""
+    windows = [long if i % 4 == 3 else short for i in range(n_layer)]
     return tuple(windows[:-1] + [long])
-
 
 def rms(x):
     """RMS norm without gain over the last dimension."""
     return x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt()
-
 
 def rope_frequencies(head_width, half_truncated=False):
     """(d_h/2,) angles per position; half_truncated (tiny): half as many, spread as widely, then zeros."""
@@ -109,13 +103,11 @@ def rope_frequencies(head_width, half_truncated=False):
     moving = 10000.0 ** (-2 * torch.arange(pairs // 2, dtype=torch.float64) / pairs)
     return torch.cat([moving, torch.zeros(pairs - pairs // 2, dtype=torch.float64)])
 
-
 def rotate(x, frequencies):
     """x (B, T, H, d_h): channel f turns with channel f + d_h/2 by the angle -t * frequencies[f]."""
     angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * frequencies
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()], dim=-1)
-
 
 def yarn(frequencies, scale, old_window, new_window):
     """(frequencies, scale) after the long window grows: slow pairs are interpolated, fast ones kept."""
@@ -124,9 +116,7 @@ def yarn(frequencies, scale, old_window, new_window):
     keep = ((rotations - 1) / (32 - 1)).clamp(0, 1)
     return frequencies * (ratio + keep * (1 - ratio)), scale * (0.2 * math.log(1 / ratio) + 1)
 
-
 TWO_HOUR_STAGES = ((1, 256, 768), (7, 768, 1792), (14, 1280, 2048))  # from epoch, short, long
-
 
 def two_hour_stage(epoch, head_width):
     """(short, long, frequencies, scale) in a 1-based epoch; the first stage is without YaRN."""
@@ -138,14 +128,12 @@ def two_hour_stage(epoch, head_width):
             short, long = next_short, next_long
     return short, long, frequencies, scale
 
-
 def windowed_attention(q, k, v, window, scale):
     """Masked softmax attention of (B, T, H, d_h) tensors: query i sees the keys i-window <= j <= i."""
     i, j = torch.arange(q.shape[1])[:, None], torch.arange(q.shape[1])
     hidden = (j > i) | (j < i - window)
     scores = torch.einsum("bihc,bjhc->bhij", q, k) * scale
     return torch.einsum("bhij,bjhc->bihc", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
-
 
 def attention(params, prefix, x, x0, net, window, key_offset):
     """Attention sub-layer on the normalised x (B, T, d); x0 is what values are injected from."""
@@ -181,7 +169,6 @@ def attention(params, prefix, x, x0, net, window, key_offset):
         out = out * gate[..., None]
     return out.flatten(-2) @ p["o"].T
 
-
 def block(params, prefix, x, x0, net, window, key_offset=False):
     """One transformer block: (B, T, d) -> (B, T, d). x0 is unused where no value is injected."""
     x = x + attention(params, prefix + "attn.", rms(x), x0, net, window, key_offset)
@@ -191,7 +178,6 @@ def block(params, prefix, x, x0, net, window, key_offset=False):
     else:
         hidden = hidden.clamp_min(0).square()
     return x + hidden @ params[f"{prefix}mlp.out"].T
-
 
 def trunk(params, tokens, net):
     """tokens (B, T) -> final normalised residual stream (B, T, d)."""
@@ -216,30 +202,25 @@ def trunk(params, tokens, net):
             x = rms(x)
     return rms(x)
 
-
 def logits_of(params, x, net):
     """Final stream (B, T, d) -> soft-capped logits (B, T, vocab_size)."""
     logits = x @ params["head"][: net.vocab_size].T
     return net.softcap * torch.tanh(logits / net.softcap)
-
 
 def forward(params, tokens, net):
     """tokens (B, T) -> soft-capped logits (B, T, vocab_size) float64; position t predicts token t+1."""
     return logits_of(params, trunk(params, tokens, net), net)
 
 
-# ---- Losses --------------------------------------------------------------------------------------
-
+# ---- Losses ------------------------------------------------------------------------------------------------
 
 def cross_entropy(logits, targets):
     """Nats per target, unreduced: (..., V), (...) -> (...)."""
     return torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
 
-
 def language_loss(params, sequences, net):
     """Mean next-token loss of sequences (B, T+1)."""
     return cross_entropy(forward(params, sequences[:, :-1], net), sequences[:, 1:]).mean()
-
 
 def mtp_loss(params, x, sequences, net):
     """Mean loss of the extra block, which predicts token t+2 from the trunk at t and token t+1.
@@ -252,13 +233,11 @@ def mtp_loss(params, x, sequences, net):
     u = rms(block(params, "mtp.block.", u, None, net, u.shape[1], key_offset))
     return cross_entropy(logits_of(params, u, net), sequences[:, 2:]).mean()
 
-
 def training_loss(params, sequences, net, mtp_weight=0.3):
     """The limited track's training loss on sequences (B, T+1): next token + mtp_weight * the one after."""
     x = trunk(params, sequences[:, :-1], net)
     main = cross_entropy(logits_of(params, x, net), sequences[:, 1:]).mean()
     return main + mtp_weight * mtp_loss(params, x, sequences, net)
-
 
 def head_mtp_loss(logits, targets, weights):
     """Tiny: the same head predicts several tokens ahead. logits (B, T, V), targets (B, T), weights (K,).
@@ -271,14 +250,12 @@ def head_mtp_loss(logits, targets, weights):
         total = total + weight * cross_entropy(logits[:, : logits.shape[1] - k], targets[:, k:]).sum()
     return total / targets.numel()
 
-
 def head_mtp_weights(progress, end=0.66):
     """Tiny: (1, w1, w2) at progress = it/N. w2 falls to 0 over the first half of `end`, then w1 does."""
     half = end / 2
     w1 = 0.5 * (1 - min(max((progress - half) / half, 0), 1))
     w2 = 0.25 * (1 - min(progress / half, 1))
     return 1.0, w1, w2
-
 
 def distillation_loss(student, teacher, own_loss, alpha, temperature):
     """(1-alpha) * own_loss + alpha * temperature^2 * mean KL(teacher || student); logits (..., V)."""
@@ -287,7 +264,7 @@ def distillation_loss(student, teacher, own_loss, alpha, temperature):
     return (1 - alpha) * own_loss + alpha * temperature**2 * divergence
 
 
-# ---- Optimizer -----------------------------------------------------------------------------------
+# ---- Optimizer ---------------------------------------------------------------------------------------------
 
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -297,13 +274,11 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-
 def polar_express_scalar(sigma):
     """What the five steps make of one singular value."""
     for a, b, c in POLAR_EXPRESS:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return sigma
-
 
 def polar_express(g):
     """(R, C) -> about the nearest semi-orthogonal matrix: norm, then five odd quintic steps."""
@@ -313,13 +288,11 @@ def polar_express(g):
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
-
 def muon_state(weight):
     """Zero (momentum (R, C), second moment (R, 1) if R >= C else (1, C))."""
     rows, columns = weight.shape
     second = torch.zeros((rows, 1) if rows >= columns else (1, columns), dtype=torch.float64)
     return torch.zeros_like(weight), second
-
 
 def muon_step(
     weight, gradient, buffer, second, lr, momentum, weight_decay, beta2=0.95, normalize_rows=True
@@ -346,7 +319,6 @@ def muon_step(
     shrinking = (x * weight >= 0).to(weight.dtype)
     return weight - step * x - step * weight_decay * weight * shrinking, buffer, second
 
-
 def adamw_step(weight, gradient, m, v, t, lr, betas, weight_decay, eps=1e-10):
     """One AdamW step, t = 1, 2, ... -> (weight, m, v), all new tensors. The decay comes first."""
     weight = weight * (1 - lr * weight_decay)
@@ -355,14 +327,12 @@ def adamw_step(weight, gradient, m, v, t, lr, betas, weight_decay, eps=1e-10):
     denominator = (v / (1 - betas[1] ** t)).sqrt() + eps
     return weight - lr / (1 - betas[0] ** t) * m / denominator, m, v
 
-
 def muon_momentum(it):
     """0.85 -> 0.95 over the first 300 steps; it counts from 0."""
     return 0.85 + 0.10 * min(it / 300, 1)
 
 
-# ---- Schedules -----------------------------------------------------------------------------------
-
+# ---- Schedules ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Schedule:
@@ -378,7 +348,6 @@ class Schedule:
     wd_end: float = math.nan  # piecewise: weight decay at step N
     wd_knots: tuple | None = None  # piecewise: steps of the two bends; None: after 2 and 8 epochs
 
-
 SCHEDULES = {
     "limited 1-6": Schedule(2288, 12, 0.5, weight_decay=1.6),
     "limited 7-9": Schedule(2288, 12, 0.4, weight_decay=1.6),
@@ -386,7 +355,7 @@ SCHEDULES = {
     "limited 11-12": Schedule(2288, 12, 0.2),
     "limited 13-15": Schedule(2288, 12, 0.2, cycles=3),
     "limited 16-19": Schedule(2097, 11, 0.2, cycles=3),
-    "limited 20": Schedule(2097, 11, 0.2, power=0.5, cycles=3, wd="antiphase"),
+    "limited 20-21": Schedule(2097, 11, 0.2, power=0.5, cycles=3, wd="antiphase"),
     "two_hour 1-3": Schedule(3812, 20, 0.2, cycles=3),
     "two_hour 4-6": Schedule(4194, 22, 0.2, power=0.5, cycles=8, wd="antiphase"),
     "tiny 1-4": Schedule(3048, 16, 0.5, weight_decay=0.8),
@@ -396,7 +365,7 @@ SCHEDULES = {
     ),
     "tiny 8": Schedule(3048, 16, 0.6, weight_decay=0.8, wd="piecewise", wd_end=1.25),
     "tiny 9-11,13": Schedule(3040, 16, 0.6, cycles=4, weight_decay=0.8, wd="piecewise", wd_end=1.25),
-    "tiny 12,14": Schedule(2850, 15, 0.4, cycles=4, weight_decay=0.8, wd="piecewise", wd_end=0.93),
+    "tiny 12,14-15": Schedule(2850, 15, 0.4, cycles=4, weight_decay=0.8, wd="piecewise", wd_end=0.93),
     "unlimited 1-4": Schedule(2288, 12, 0.5, weight_decay=1.6),  # unlimited: steps as on one node
     "unlimited 5-6, first member of 7-8": Schedule(3431, 18, 0.5, weight_decay=1.6),
     "unlimited 7-8": Schedule(4575, 24, 0.5, weight_decay=1.6),
@@ -404,18 +373,15 @@ SCHEDULES = {
     "unlimited 9-11, first member": Schedule(3050, 16, 0.2),
 }
 
-
 def planned_steps(targets_per_epoch, epochs, batch_tokens=524288):
     """N: optimizer steps of a run."""
     return round(targets_per_epoch * epochs / batch_tokens)
-
 
 def cycle_position(it, s):
     """(first step of the cyclic tail, a float; position 0..1 within the current cycle, None before it)."""
     epoch = s.steps / s.epochs
     start = s.steps - s.cycles * epoch
     return start, ((it - start) % epoch) / epoch if it >= start else None
-
 
 def lr_multiplier(it, s):
     """Learning rate at step it over the base learning rate."""
@@ -425,7 +391,6 @@ def lr_multiplier(it, s):
     if position is None:
         return base
     return 0.05 + (max(base, 0.05) - 0.05) * (1 + math.cos(math.pi * position)) / 2
-
 
 def wd_multiplier(it, s):
     """Weight decay at step it over s.weight_decay."""
@@ -443,13 +408,11 @@ def wd_multiplier(it, s):
     return 1.0
 
 
-# ---- Data order ----------------------------------------------------------------------------------
-
+# ---- Data order --------------------------------------------------------------------------------------------
 
 def permutation(n, seed):
     """(n,) int64 from torch's own generator on the CPU."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-
 
 def epoch_sequences(
     tokens, doc_starts, epoch, size, doc_seed=0, sequence_seed=1000, first_in_file_order=True
@@ -468,7 +431,6 @@ def epoch_sequences(
     sequences = torch.cat(documents)[: n * size].view(n, size)
     return sequences[permutation(n, sequence_seed + epoch)]
 
-
 def step_shuffle(n, epoch):
     """Step shuffle (older records): order of n micro-batches in a 1-based epoch, accumulating."""
     order = torch.arange(n)
@@ -477,28 +439,23 @@ def step_shuffle(n, epoch):
     return order
 
 
-# ---- Averages and ensembles ----------------------------------------------------------------------
-
+# ---- Averages and ensembles --------------------------------------------------------------------------------
 
 def recency_weights(n):
     """(1, 2, ..., n) / sum, oldest first."""
     return [i / (n * (n + 1) / 2) for i in range(1, n + 1)]
 
-
 def weight_average(members, weights):
     """Weighted mean of parameter dicts."""
     return {name: sum(w * m[name] for w, m in zip(weights, members)) for name in members[0]}
-
 
 def mixture_loss(member_logits, weights, targets):
     """Nats per target of the weighted mean of the members' probabilities; weights sum to 1."""
     return -sum(w * (-cross_entropy(z, targets)).exp() for w, z in zip(weights, member_logits)).log()
 
-
 def debiased_ema_beta(steps_per_epoch, kept=0.15, every=10):
     """Tiny: the factor per update that leaves `kept` of a weight's share after an epoch."""
     return kept ** (every / steps_per_epoch)
-
 
 def debiased_ema(values, beta, every=10):
     """Tiny: the average after the last of values (values[it] follows step it); it = 0, every, ... enter."""
@@ -507,7 +464,6 @@ def debiased_ema(values, beta, every=10):
     for value in taken:
         ema = ema + (1 - beta) * (value - ema)
     return ema / (1 - beta ** len(taken))
-
 
 def ema_blend(values, keep_final, decay=0.95, every=10, start=0.9):
     """keep_final * last + (1 - keep_final) * shadow; values[s-1] follows step s = 1..N.
@@ -523,33 +479,27 @@ def ema_blend(values, keep_final, decay=0.95, every=10, start=0.9):
     return keep_final * values[-1] + (1 - keep_final) * shadow
 
 
-# ---- Snapshot chains (unlimited 12) --------------------------------------------------------------
-
+# ---- Snapshot chains (unlimited 12) ------------------------------------------------------------------------
 
 def snapshot_batch(cycle, cycles):
     """Tokens per optimizer step of a 0-based cycle: large in the middle half of the run."""
     return 524288 if 1 - abs(2 * cycle / (cycles - 1) - 1) >= 0.5 else 393216
 
-
 def snapshot_cycle_steps(targets_per_epoch, batch_tokens, epochs_per_cycle=2):
     """Optimizer steps of one cycle."""
     return max(1, round(epochs_per_cycle * targets_per_epoch / batch_tokens))
-
 
 def snapshot_lr_multiplier(s, length):
     """Within a cycle, s = 0..length-1: 1 -> 0.08, linear, with a jump back at every cycle's start."""
     return 0.08 + 0.92 * (1 - s / length)
 
-
 def snapshot_wd_multiplier(s, length):
     """Within a cycle: 0.7 -> 1, in antiphase to the learning rate."""
     return 0.7 + 0.3 * (1 - snapshot_lr_multiplier(s, length)) / 0.92
 
-
 def perturbation_scale(completed, cycles):
     """Noise after `completed` = 1..cycles-1 cycles, in standard deviations of each tensor: 0.25 -> 0.05."""
     return 0.05 + 0.20 * (1 + math.cos(math.pi * (completed - 1) / (cycles - 2))) / 2
-
 
 def select_weights(probabilities, steps=300, lr=0.5):
     """(M, n) of members' target probabilities -> (M,) mixture weights of least mean loss, by gradient.
@@ -567,7 +517,6 @@ def select_weights(probabilities, steps=300, lr=0.5):
         gradient = gradient * min(1.0, 1.0 / (float(gradient.norm()) + 1e-6))
         alpha, m, v = adamw_step(alpha, gradient, m, v, t, lr, (0.9, 0.999), 0.0, eps=1e-8)
     return alpha.softmax(0)
-
 
 def top_k(weights, k):
     """(indices (k,), weights (k,) that sum to 1) of the k largest weights, largest first."""

@@ -8,19 +8,21 @@ import sys
 import pytest
 from test_run import ROOT, make_dataset
 
+pytestmark = pytest.mark.slow  # it measures
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """Runs the bench of a clone whose dataset is small."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "tests").mkdir()
-    for name in "train_gpt.py", "plan.py", "tests/bench.py":
+    for name in "tests", "records":
+        (folder / name).mkdir()
+    for name in "train_gpt.py harness.py logbook.py plan.py tests/bench.py records/tracks.json".split():
         shutil.copy(ROOT / name, folder / name)
     make_dataset(folder / "data/nano", "nano", train=20_000, val=3_080, audit=2_500)
     command = [sys.executable, folder / "tests/bench.py", "--track", "smoke"]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # to compile takes most of a minute
-    return lambda *arguments: subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
-
+    return lambda *arguments: subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment)
 
 def test_a_table_of_the_parts_that_were_asked_for(bench):
     outcome = bench("attention", "optimizer", "--rounds", "1")
@@ -28,7 +30,6 @@ def test_a_table_of_the_parts_that_were_asked_for(bench):
     rows = re.findall(r"^(\w.*?)  .*?([\d.]+)%", outcome.stdout, re.M)
     assert [name for name, _ in rows] == ["attention 128", "attention 512", "optimizer", "2048^3 product"]
     assert all(0 < float(share) <= 100 for _, share in rows)
-
 
 def test_a_profile_of_a_part(bench):
     outcome = bench("score", "--profile")
@@ -38,7 +39,6 @@ def test_a_profile_of_a_part(bench):
     assert title.startswith("score: ") and sum(shares.values()) == pytest.approx(100, abs=0.5)
     assert min(shares["head"], shares["attention"], shares["trunk matmuls"]) > 0
     assert shares["optimizer"] == shares["data"] == 0
-
 
 def test_a_part_that_there_is_not(bench):
     outcome = bench("heads")

@@ -4,12 +4,11 @@ Under `exact` both sides compute in float64 throughout and agree to its last dig
 cost is measured where it matters, against their own machine epsilon.
 """
 
-import dataclasses
+import functools
 import itertools
 import json
 import math
 from argparse import Namespace
-from datetime import timedelta
 from unittest import mock
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
+from logbook import comments, write_atomic
 from train_gpt import Config, Mode
 
 VOCAB, T = 61, 32
@@ -32,17 +32,16 @@ SMALL = dict(
     n_embd=64,
     seq_len=T,
     batch_tokens=4 * T,
-    window_stages="1:0.15/1",
+    window_stages=((1, 0.15, 1),),
     dropout=0.0,
     stochastic_depth=0.0,
     replay="3-4",
 )
 PLAIN = dict(unet_skips=False, values="none", head_gate=False, head_mixing=False)
-TINY = dict(rope="half", key_offset=True, xsa="learned", mtp="head", passes=2)
+TINY = dict(rope="half", xsa="learned", mtp="head", passes=2)
 TINY |= dict(head_mixing=False, replay="none")
 STAGES = dict(window_stages=train_gpt.TRACKS["two_hour"]["window_stages"])
 EVERYTHING = TINY | STAGES | dict(mtp="block", replay="4-4", replay_passes=2, head_mixing=True)
-
 
 def make_model(dtype=torch.float64, **changes):
     """A model whose every parameter is random, so that none of its techniques rests in its initial state."""
@@ -51,29 +50,23 @@ def make_model(dtype=torch.float64, **changes):
         p.data.copy_(0.3 * normal(*p.shape, seed=i))
     return model
 
-
 def make_tokens(B, length, seed=0):
     return torch.randint(VOCAB, (B, length), generator=torch.Generator().manual_seed(seed))
 
-
 def modes_of(c):
     """Every mode in which a run of the configuration may run its network."""
-    stages = range(len(c.window_stages.split()))
+    stages = range(len(c.window_stages))
     return [
         Mode(replay, passes, stage)
         for replay, passes, stage in itertools.product({False, c.replay != "none"}, {1, c.passes}, stages)
     ]
 
-
 def make_noise(model, B, seed=42):
     return train_gpt.draw_noise(model.c, seed, range(B), model.embed.dtype)
 
-
 def stages_of(c):
     """[(short, long)]: the windows of each stage in tokens."""
-    shares = [stage.split(":")[1].split("/") for stage in c.window_stages.split()]
-    return [tuple(round(float(share) * c.seq_len) for share in pair) for pair in shares]
-
+    return [(round(short * c.seq_len), round(long * c.seq_len)) for _, short, long in c.window_stages]
 
 def reference_of(model, mode):
     """(leaf parameters, Net) of the reference for the same model; what it has switched off is absent."""
@@ -88,38 +81,35 @@ def reference_of(model, mode):
     frequencies, scale = ref.rope_frequencies(c.head_dim, c.rope == "half"), c.head_dim**-0.5
     for (_, old), (_, new) in itertools.pairwise(stages):
         frequencies, scale = ref.yarn(frequencies, scale, old, new)
-    long = [i for i in range(L) if (c.windows * L)[i] == "L" or i == L - 1]
+    long = [*range(3, L, 4), L - 1, L]  # the extra block too
     passes = (*map(int, c.replay.split("-")), c.replay_passes) if mode.replay else None
     return params, ref.Net(
         VOCAB,
-        ref.layer_windows(L, *stages[-1], c.windows),
+        ref.layer_windows(L, *stages[-1]),
         ref.layer_order(L, passes),
         frequencies,
         scale,
         c.softcap,
-        key_offset_layers=(*long, L) if c.key_offset else (),
+        key_offset_layers=long if c.rope == "half" else (),
         passes=mode.passes,
         norm_passes=c.passes > 1,
     )
-
 
 def reference_loss(c, params, sequences, net, ahead=(1.0,), teacher=None):
     """The training loss; `teacher` is the (parameters, Net) of a lesson."""
     logits = ref.forward(params, sequences[:, :-1], net)
     loss = ref.head_mtp_loss(logits, sequences[:, 1:], ahead)
     if c.mtp == "block":
-        loss = ref.training_loss(params, sequences, net, c.mtp_weight)
+        loss = ref.training_loss(params, sequences, net)
     if teacher:
         lesson = ref.forward(teacher[0], sequences[:, :-1], teacher[1]).detach()
         loss = ref.distillation_loss(logits, lesson, loss, c.distill, c.temperature)
     return loss
 
-
 def assert_close(actual, expected, eps=1e-12):
     """Equal up to eps of the largest entry."""
     actual, expected = (t.detach().double() for t in (actual, expected))
     torch.testing.assert_close(actual, expected, rtol=0, atol=eps * expected.abs().max().item() + 1e-30)
-
 
 def assert_same_gradients(model, params):
     for name, p in model.named_parameters():
@@ -127,7 +117,7 @@ def assert_same_gradients(model, params):
         assert_close(p.grad, params[name].grad, 1e-11)
 
 
-# ---- Forward and gradients -----------------------------------------------------------------------
+# ---- Forward and gradients ---------------------------------------------------------------------------------
 
 # Each with the weights of the head's targets; every mode that the configuration may run in is gone through.
 # Random weights amplify a rounding about tenfold in every five executed blocks, so these stay few.
@@ -136,14 +126,11 @@ TECHNIQUES = [
     (PLAIN, (1.0,)),
     *(({name: value}, (1.0,)) for name, value in PLAIN.items()),
     (dict(mtp="none"), (1.0,)),
-    (dict(mtp_weight=0.7, windows="S"), (1.0,)),
-    (dict(windows="SL", window_stages="1:0.03125/1"), (1.0,)),
-    (dict(windows="L"), (1.0,)),
+    (dict(window_stages=((1, 0.03125, 0.5),)), (1.0,)),
     (dict(n_layer=4, n_head=4, replay="2-3", replay_passes=2, softcap=3.0), (1.0,)),
     (dict(mlp="relu2"), (1.0,)),
     (dict(values="table"), (1.0,)),
     (dict(rope="half"), (1.0,)),
-    (dict(key_offset=True), (1.0,)),
     (dict(xsa="learned"), (1.0,)),
     (dict(xsa="learned", xsa_layers=2), (1.0,)),
     (dict(xsa="fixed"), (1.0,)),
@@ -158,7 +145,6 @@ TECHNIQUES = [
     (EVERYTHING, (1.0,)),
     (EVERYTHING | dict(mlp="relu2", values="table", xsa="fixed", mtp="head"), (1.0, 0.5, 0.25)),
 ]
-
 
 @pytest.mark.parametrize(("changes", "ahead"), TECHNIQUES, ids=str)
 @exact()
@@ -179,14 +165,12 @@ def test_logits_loss_and_gradients_are_the_references(changes, ahead):
         assert_close(plain, ref.language_loss(params, sequences, net))
         assert_same_gradients(model, params)
 
-
 DISTILLED = [
     (dict(distill=0.7), (1.0,)),
     (dict(distill=0.45, temperature=1.2), (1.0,)),
     (dict(distill=0.45, temperature=1.2, mtp="none", softcap=15.0), (1.0,)),
     (TINY | dict(distill=0.3, temperature=2.0), (1.0, 0.5, 0.25)),
 ]
-
 
 @pytest.mark.parametrize("rows", [7, 1000])
 @pytest.mark.parametrize(("changes", "ahead"), DISTILLED, ids=str)
@@ -213,7 +197,6 @@ def test_distillation_is_the_references(changes, ahead, rows):
     # Without a lesson the same configuration learns as if it had no teacher: so does a chain's first member.
     loss, _ = model.loss(sequences, mode, noise, 3, ahead)
     assert_close(loss, reference_loss(c, params, sequences, net, ahead))
-
 
 @pytest.mark.parametrize(("changes", "ahead"), [({}, (1.0,)), (TINY, (1.0, 0.5, 0.25))], ids=str)
 @exact()
@@ -242,7 +225,6 @@ def test_losses_of_micro_batches_add_up_to_the_batchs_whatever_they_are(changes,
     for other, grad in zip(other_grads, grads):
         assert_close(other, grad, 1e-11)
 
-
 @pytest.mark.parametrize(("changes", "ahead"), [({}, (1.0,)), (TINY, (1.0, 0.5, 0.25))], ids=str)
 def test_checkpointing_changes_no_bit(changes, ahead):
     """With all the noise on: what backward computes again is what forward has computed."""
@@ -262,7 +244,6 @@ def test_checkpointing_changes_no_bit(changes, ahead):
         assert all(map(torch.equal, run(mode, True), run(mode, False)))
         assert computed == [True] * (mode.passes + 1) + [False] * mode.passes
 
-
 @pytest.mark.parametrize(("values", "tables"), [("proj", ["embed"]), ("table", ["embed", "value_tables"])])
 def test_bfloat16_stays_near_the_reference_and_in_bfloat16(values, tables):
     c = Config(**SMALL | dict(values=values))
@@ -278,7 +259,6 @@ def test_bfloat16_stays_near_the_reference_and_in_bfloat16(values, tables):
     # Some 40 independent roundings to eight bits, 2^-9 each, follow one another: twice the root of their sum.
     assert (x - expected).norm() / expected.norm() < 0.025
 
-
 def test_a_frozen_model_scores_the_same_bits():
     """It has the weights as they are used, in memory of its own."""
     c, tokens, mode = Config(**SMALL), make_tokens(2, T + 1), Mode(True, 1, 0)
@@ -293,23 +273,7 @@ def test_a_frozen_model_scores_the_same_bits():
         (True, torch.bfloat16, False), (False, torch.float32, False)}
 
 
-def test_initial_values_of_tiny():
-    """Its blocks begin as the identity times 1.1, and an exclusion of nothing; limited's do not."""
-    for row, lam, spread in ((train_gpt.TRACKS["tiny"], 1.1, 0.0), ({}, 1.0, 1.0)):
-        c = Config(**{**row, **SMALL, "replay": "none", "xsa": "learned"})
-        model = train_gpt.make_model(c, VOCAB, "cpu", torch.float32)
-        train_gpt.initialise(model, c, 42)
-        assert (model.lam == lam).all()
-        for block in model.blocks:
-            assert (block.attn.xsa == 0).all()
-            for last in (block.attn.o, block.mlp.out):
-                # The standard deviation of n normal numbers scatters by 1 / sqrt(2 n) of itself.
-                error = 5 * spread / (2 * last.numel()) ** 0.5
-                assert last.std().item() * 64**0.5 == pytest.approx(spread, abs=error, rel=0)
-
-
-# ---- Attention and rotary embedding --------------------------------------------------------------
-
+# ---- Attention and rotary embedding ------------------------------------------------------------------------
 
 @settings(max_examples=25, deadline=None)
 @given(
@@ -330,14 +294,12 @@ def test_attention_is_a_masked_softmax(length, window, scale, seed):
     ):
         assert_close(mine, other)
 
-
 @pytest.mark.parametrize("window", [0, 1, 127, 128, 129, 255, 256, 299, 300, 1000])
 @exact()
 def test_attention_at_the_borders_of_its_blocks(window):
     q, k, v = (normal(1, 300, 1, 4, seed=i) for i in range(3))
     out = train_gpt.ATTENTION["cpu"](q, k, v, window, 0.5)
     assert_close(out, ref.windowed_attention(q, k, v, window, 0.5))
-
 
 @pytest.mark.parametrize("window", [0, 1, 5, 31, 32, 100])
 @exact()
@@ -359,7 +321,6 @@ def test_attention_of_cuda_asks_its_kernel_for_the_same(window):
         out = train_gpt.ATTENTION["cuda"](q, k, v, window, 0.3)
     assert_close(out, ref.windowed_attention(q, k, v, window, 0.3))
 
-
 def test_rotary_embedding_in_float32():
     """The model's own tables, as its blocks are handed them."""
     changes = dict(n_layer=2, replay="none", seq_len=2048, batch_tokens=2048)
@@ -373,7 +334,6 @@ def test_rotary_embedding_in_float32():
     with exact():
         *tables, _ = make_model(**changes).trunk(tokens, first)[1]
         assert_close(train_gpt.rotate(x[:, :100], tables), ref.rotate(x, ref.rope_frequencies(32))[:, :100])
-
 
 def test_stages_of_two_hour_are_the_recipes():
     """Windows, frequencies and scales in every epoch; the scales' digits are the recipe's."""
@@ -396,7 +356,6 @@ def test_stages_of_two_hour_are_the_recipes():
         scales.append(round(mine_scale, 7))
     assert scales == [0.0883883] * 6 + [0.1033666] * 7 + [0.1061271] * 9
 
-
 @settings(max_examples=50, deadline=None)
 @given(
     windows=st.lists(st.integers(8, 512), min_size=1, max_size=5),
@@ -406,7 +365,7 @@ def test_stages_of_two_hour_are_the_recipes():
 @exact()
 def test_growing_windows_stretch_as_yarn_does(windows, rope, head_dim):
     """Whenever the window is wider than any before; for an equal one the reference needs no case either."""
-    stages = " ".join(f"{n}:0.1/{window / 512:.6g}" for n, window in enumerate(windows, start=1))
+    stages = [(n, 0.1, window / 512) for n, window in enumerate(windows, start=1)]
     size = dict(n_head=1, n_embd=head_dim, seq_len=512, batch_tokens=512)
     c = Config(**SMALL | size | dict(rope=rope, window_stages=stages))
     frequencies, scale = ref.rope_frequencies(c.head_dim, rope == "half"), c.head_dim**-0.5
@@ -418,9 +377,7 @@ def test_growing_windows_stretch_as_yarn_does(windows, rope, head_dim):
         assert_close(mine, frequencies)
         assert mine_scale == pytest.approx(scale, rel=1e-13)
 
-
 EVERY_MODE = modes_of(Config(**SMALL | EVERYTHING))
-
 
 @settings(max_examples=24, deadline=None)
 @given(cut=st.integers(1, 199), mode=st.sampled_from(EVERY_MODE), data=st.data())
@@ -435,19 +392,16 @@ def test_later_tokens_change_no_earlier_logit(cut, mode, data):
     assert torch.equal(before[:, :cut], after[:, :cut])
     assert not torch.equal(before[:, cut], after[:, cut])
 
-
 def test_windows_and_order_of_limited():
     c = Config()
-    assert [i for i in range(31) if c.window(i, 0) == 2048] == [3, 7, 11, 15, 19, 23, 27, 29, 30]
-    assert {c.window(i, 0) for i in range(31)} == {1024, 2048}
+    assert [c.window(i, 0) for i in range(31)] == [*ref.layer_windows(30, 1024, 2048), 2048]
     assert [i for i in range(31) if c.value_layer(i)] == list(range(1, 30, 2))
-    assert c.layer_order(False) == list(range(30))
-    assert c.layer_order(True) == [*range(15), *[15, 16, 17, 18, 19, 20] * 3, *range(21, 30)]
+    assert c.layer_order(False) == list(ref.layer_order(30))
+    assert c.layer_order(True) == list(ref.layer_order(30, (15, 20, 3)))
     assert c.mlp_hidden == 4864
 
 
-# ---- Head and loss -------------------------------------------------------------------------------
-
+# ---- Head and loss -----------------------------------------------------------------------------------------
 
 def plain_loss(x, W, y, w, softcap, lesson=None, weight=0.0, temperature=1.0):
     """HeadLoss with whole logits; every token pays `weight` for its divergence from the teacher."""
@@ -457,7 +411,6 @@ def plain_loss(x, W, y, w, softcap, lesson=None, weight=0.0, temperature=1.0):
         teacher = softcap * torch.tanh(lesson.x @ lesson.head.T / softcap)
         loss = loss + weight * len(x) * ref.distillation_loss(logits, teacher, 0.0, 1.0, temperature)
     return loss
-
 
 @settings(max_examples=40, deadline=None)
 @given(
@@ -496,24 +449,6 @@ def test_head_loss_and_gradients_are_the_plain_ones(
     for a, b in zip(mine, other):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
-
-def test_compiled_exp_is_accurate_and_saturates():
-    exp = torch.compiler.set_stance("default")(torch.compile(train_gpt.exp))
-    x = torch.linspace(-87.3, 88.0, 100_003)
-    expected = x.double().exp()
-    assert ((exp(x).double() - expected).abs() < (2e-7 + 1e-7 * x.abs()) * expected).all()
-    assert not torch.equal(exp(x), x.exp())  # it is not the library's
-    ends = exp(torch.tensor([-math.inf, -1e4, -88.0, 89.0, 1e4, math.inf, math.nan, 0.0]))
-    torch.testing.assert_close(ends[:6].log2(), torch.tensor([-126.0] * 3 + [127.0] * 3), rtol=0, atol=1e-5)
-    assert ends[6].isnan() and ends[7] == 1
-
-
-@pytest.fixture(params=[False, True], ids=["library's exp", "compiled exp"])
-def either_exp(request, monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: request.param)
-
-
-@pytest.mark.usefixtures("either_exp")
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 5e-6), (torch.bfloat16, 2.0**-7)], ids=str)
 @pytest.mark.parametrize("scale", [0.1, 3.0, 100.0])
 @pytest.mark.parametrize("temperature", [None, 1.0, 1.2])
@@ -541,13 +476,11 @@ def test_head_loss_in_low_precision(dtype, eps, scale, temperature):
     for mine, other in ((leaf.grad, x64.grad), (W.grad, W64.grad)):
         assert (mine - other).norm() < eps * other.norm()
 
-
-@pytest.mark.usefixtures("either_exp")
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize("softcap", [1.0, 40.0])
 def test_lesson_is_finite_at_the_ends_of_the_permitted_range(softcap, end):
     """At the least and the greatest temperature, with logits near 0 as at the start, and at their bounds."""
-    low_high, _ = train_gpt.COMMENTS["temperature"]
+    _, low_high, _ = comments(Config)["temperature"]
     temperature = json.loads(low_high)[end]
     for x, teacher in ((1e-3, 1e-3), (1e-3, 100.0), (100.0, 1e-3), (-100.0, -100.0)):
         x, head = torch.full((3, 1), x).requires_grad_(), torch.ones(50, 1).requires_grad_()
@@ -562,8 +495,6 @@ def test_lesson_is_finite_at_the_ends_of_the_permitted_range(softcap, end):
         torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=atol)
         assert x.grad.isfinite().all() and head.grad.isfinite().all()
 
-
-@pytest.mark.usefixtures("either_exp")
 def test_probabilities_sum_to_one():
     model, tokens = make_model(torch.float32), make_tokens(1, T)
     x, _ = model.trunk(tokens, Mode(True, 1, 0))
@@ -576,7 +507,6 @@ def test_probabilities_sum_to_one():
         assert logp.dtype == torch.float64
         # Each of the float32 sums of VOCAB exponentials rounds to 2^-24, relatively.
         assert abs(logp.exp().sum().item() - 1) < 4 * 2**-24 * math.sqrt(VOCAB)
-
 
 class Largest(TorchDispatchMode):
     """Records the entries of the largest tensor that any operator returns."""
@@ -593,11 +523,12 @@ class Largest(TorchDispatchMode):
         )
         return out
 
-
 def test_no_tensor_holds_the_logits_of_all_tokens():
+    """On the meta device, whose tensors have shapes and no values."""
     tokens, vocab = 2048, 40000
-    x, W = normal(1, tokens, 32, dtype=torch.float32), normal(vocab, 32, dtype=torch.float32)
-    y, w = torch.zeros(tokens, 3, dtype=torch.int64), torch.ones(tokens, 3)
+    with torch.device("meta"):
+        x, W = torch.empty(1, tokens, 32), torch.empty(vocab, 32)
+        y, w = torch.empty(tokens, 3, dtype=torch.int64), torch.empty(tokens, 3)
     lesson = train_gpt.Lesson(x[0].detach(), W)
     x.requires_grad_(), W.requires_grad_()
     with Largest() as plain:
@@ -610,8 +541,7 @@ def test_no_tensor_holds_the_logits_of_all_tokens():
     assert vocab * 32 < largest.entries <= tokens * vocab // 4
 
 
-# ---- The predictor -------------------------------------------------------------------------------
-
+# ---- The predictor -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("mix", ["probs", "logits"])
 @exact()
@@ -623,7 +553,8 @@ def test_predictor_is_the_weighted_mixture_of_its_members(tmp_path, mix):
     for p in models[1].parameters():
         p.data.mul_(1.1)
     for model, name, weight, mode in zip(models, "ab", (1 / 3, 2 / 3), EVERY_MODE[:: len(EVERY_MODE) - 1]):
-        sha256 = train_gpt.save_weights(model, folder / f"{name}.pt")
+        save = functools.partial(torch.save, model.state_dict())
+        sha256 = write_atomic(folder / f"{name}.pt", save)
         members.append(train_gpt.Member(f"{name}.pt", sha256, "", mode, 0.0, weight))
     spec = dict(config=SMALL | changes, vocab_size=VOCAB, dtype="float64")
     spec["members"] = [member._asdict() for member in members]
@@ -643,18 +574,15 @@ def test_predictor_is_the_weighted_mixture_of_its_members(tmp_path, mix):
     assert_close(-logp.gather(-1, targets[..., None])[..., 0], expected)
 
 
-# ---- Dropout and stochastic depth ----------------------------------------------------------------
-
+# ---- Dropout and stochastic depth --------------------------------------------------------------------------
 
 def keys(n, seed=42):
     """Dropout keys (n, 2) as training draws them."""
     return train_gpt.draw_noise(Config(**SMALL), seed, range(n), torch.float32).drop[0, :, 0]
 
-
 def masks(key, p, shape=(64, 256)):
     """(n, places) bool: which entries the keys keep."""
     return (train_gpt.dropout(torch.ones(len(key), *shape), p, key) > 0).flatten(1)
-
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_scales_it(p):
@@ -671,12 +599,10 @@ def test_dropout_keeps_its_share_and_scales_it(p):
     kept = out != 0
     torch.testing.assert_close(out[kept], x[kept] / (1 - p))
 
-
 def standard(mask):
     """Rows shifted and scaled: the product of two is their correlation, in standard deviations."""
     mask = mask.float() - mask.float().mean(1, keepdim=True)
     return mask / mask.norm(dim=1, keepdim=True) * mask.shape[1] ** 0.25
-
 
 def test_masks_of_different_keys_and_places_are_independent():
     """Five standard deviations, for at most some thousands of correlations each; the seeds are fixed."""
@@ -696,7 +622,6 @@ def test_masks_of_different_keys_and_places_are_independent():
         # A low bit of the offset swaps places two by two: each product occurs twice; the variance doubles.
         assert z.abs().max() < 5 * math.sqrt(2) and z.mean().abs() * math.sqrt(60 / 2) < 5, bit
 
-
 def test_neighbouring_places_are_jointly_uniform():
     """Chi-square over the 256 patterns of eight places in a row, eight in a stride of a row of channels."""
     mask = masks(keys(50), 0.5, (128, 128)).long()
@@ -710,7 +635,6 @@ def test_neighbouring_places_are_jointly_uniform():
         chi = ((counts - expected) ** 2 / expected).sum().item()
         assert abs(chi - 255) < 5 * math.sqrt(2 * 255)
 
-
 def test_dropout_depends_on_its_own_key_alone_and_passes_gradients_of_what_it_keeps():
     x, key = normal(5, 8, 16, dtype=torch.float32), keys(5)
     whole = train_gpt.dropout(x, 0.3, key)
@@ -720,7 +644,6 @@ def test_dropout_depends_on_its_own_key_alone_and_passes_gradients_of_what_it_ke
     train_gpt.dropout(x, 0.3, key).sum().backward()
     torch.testing.assert_close(x.grad, (whole != 0).float() / 0.7)
     assert torch.equal(train_gpt.dropout(x, 0.0, key), x)
-
 
 @pytest.mark.parametrize("mode", [Mode(False, 1, 0), Mode(True, 1, 0), Mode(True, 2, 0)], ids=str)
 def test_stochastic_depth_skips_layers_at_their_rate(mode):
@@ -761,7 +684,6 @@ def test_stochastic_depth_skips_layers_at_their_rate(mode):
     # Of 10^5 keys of 64 bits two are equal with a chance of 3e-10.
     assert len(drawn.unique(dim=0)) == len(drawn) == len(seen) * n * 2
 
-
 @pytest.mark.parametrize("dropout_mlp", [True, False])
 def test_dropout_of_attention_and_of_the_mlp(dropout_mlp):
     """Each follows a key of its own; of the MLP only where it is wanted."""
@@ -786,23 +708,13 @@ def test_dropout_of_attention_and_of_the_mlp(dropout_mlp):
     assert torch.equal(added != 0, kept)
 
 
-# ---- Counting ------------------------------------------------------------------------------------
+# ---- Counting ----------------------------------------------------------------------------------------------
 
-
-PUBLISHED = {
-    "tiny": 316_935_848,
-    "limited": 1_443_722_775,
-    "two_hour": 1_443_722_775,
-    "unlimited": 1_870_172_811,
-    "unlimited_snapshots": 1_870_172_811,
-}
-
-
-@pytest.mark.parametrize("track", PUBLISHED)
-def test_tracks_have_the_published_number_of_parameters(track):
+@pytest.mark.parametrize("track", ["tiny", "limited", "two_hour", "unlimited", "unlimited_snapshots"])
+def test_tracks_have_the_parameters_of_the_reference(track):
+    """Their number is held against the published ones in test_published.py."""
     c = Config(**train_gpt.TRACKS[track])
     model = train_gpt.make_model(c, 50257, "meta", torch.bfloat16)
-    assert model.parameter_count() == PUBLISHED[track]
     shapes = ref.parameter_shapes(
         *(c.n_layer, c.n_embd, c.n_head),
         *(2816 if track == "tiny" else 5632 if "unlimited" in track else 4864, 50304),
@@ -810,12 +722,10 @@ def test_tracks_have_the_published_number_of_parameters(track):
     )
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
 
-
 def on_meta(c, B=1, dtype=torch.float32):
     """(sequences, noise) without values."""
     noise = train_gpt.Noise(*(part.to("meta") for part in train_gpt.draw_noise(c, 42, range(B), dtype)))
     return torch.zeros(B, c.seq_len + 1, dtype=torch.int64, device="meta"), noise
-
 
 TOY = dict(n_layer=4, n_head=4, n_embd=256, seq_len=256, batch_tokens=256, replay="2-2")
 COUNTED = [
@@ -828,7 +738,6 @@ COUNTED = [
     ("nano_unlimited", {}, 4096),
     ("nano_unlimited", TOY | STAGES, 512),
 ]
-
 
 @pytest.mark.parametrize(("track", "changes", "vocab"), COUNTED, ids=str)
 def test_flops_are_those_that_torch_counts(track, changes, vocab):
@@ -852,7 +761,7 @@ def test_flops_are_those_that_torch_counts(track, changes, vocab):
     def shown(mode):
         """Multiplications and additions of attention in one forward pass, and in the MTP block's."""
         i, (short, long) = np.arange(c.seq_len), stages_of(c)[mode.stage]
-        reach = [*ref.layer_windows(c.n_layer, short, long, c.windows), c.seq_len]
+        reach = [*ref.layer_windows(c.n_layer, short, long), c.seq_len]
         pairs = lambda layer: ((i[:, None] >= i) & (i[:, None] - i <= reach[layer])).sum()
         each = [4 * c.n_embd * pairs(layer) / c.seq_len for layer in range(c.n_layer + 1)]
         return sum(each[layer] for layer in c.layer_order(mode.replay)), each[-1] * (c.mtp == "block")
@@ -880,8 +789,7 @@ def test_flops_are_those_that_torch_counts(track, changes, vocab):
         assert scoring == pytest.approx(expected, rel=0.01)
 
 
-# ---- Compilation ---------------------------------------------------------------------------------
-
+# ---- Compilation -------------------------------------------------------------------------------------------
 
 def small_track(track, n_layer=2, replay="1-1"):
     """The track's techniques at a toy size; two layers are the least, four hold every kind of block."""
@@ -892,13 +800,11 @@ def small_track(track, n_layer=2, replay="1-1"):
         **row | size | dict(n_layer=n_layer, batch_tokens_ends=0, replay=replay, replay_passes=2)
     )
 
-
 def variants_of(c):
     """[(mode, ahead, taught)]: all kinds of steps of a chain's first member and of those with a teacher."""
-    schedules = [train_gpt.Schedule(c.member(link, 99), 997) for link in (0, c.distill_from)]
+    schedules = [train_gpt.Schedule(c.member(link, 99), 997) for link in (0, c.distill_after_members)]
     steps = [(s, step) for s in schedules for step in range(s.steps)]
     return sorted({(s.mode(step), len(s.ahead(step)), s.c.distill > 0) for s, step in steps})
-
 
 @pytest.fixture
 def counted():
@@ -915,7 +821,6 @@ def counted():
         yield graphs, backend
     vars(train_gpt).update(module)
     torch._dynamo.reset()
-
 
 @pytest.mark.parametrize("track", train_gpt.TRACKS)
 def test_whole_loss_is_one_graph(counted, track):
@@ -938,7 +843,6 @@ def test_whole_loss_is_one_graph(counted, track):
             assert len(kernels) == len(c.layer_order(mode.replay)) * mode.passes + (c.mtp == "block")
     assert all(p.grad is not None for p in model.parameters())
 
-
 @pytest.mark.parametrize(
     ("track", "depths"), [("tiny", (4,)), ("two_hour", (4, 6)), ("nano_unlimited", (4,))], ids=str
 )
@@ -955,10 +859,12 @@ def test_after_the_warm_up_nothing_compiles(counted, track, depths):
         c = small_track(track, n_layer, f"{n_layer // 2}-{n_layer // 2 + 1}")
         model = train_gpt.make_model(c, VOCAB, device, torch.float32)
         train_gpt.initialise(model, c, 42)
-        teacher, args = train_gpt.frozen(model), Namespace(device_batch=2)
-        schedules = {link: train_gpt.Schedule(c.member(link, 99), 997) for link in (0, c.distill_from)}
-        training = dict(c=c, args=args, device=device, dtype=torch.float32, model=model, teacher=teacher)
-        train_gpt.Training.warm_up(Namespace(**training, schedules=schedules, own=schedules))
+        teacher = train_gpt.frozen(model)
+        links = (0, c.distill_after_members)
+        schedules = {link: train_gpt.Schedule(c.member(link, 99), 997) for link in links}
+        run = Namespace(args=Namespace(device_batch=2), device=device, dtype=torch.float32, log=print)
+        training = Namespace(run=run, c=c, model=model, teacher=teacher, schedules=schedules, own=schedules)
+        train_gpt.Training.warm_up(training)
         numbers.append(len(graphs))
         with torch.compiler.set_stance("fail_on_recompile"):
             sequences, noise, last = make_tokens(2, T + 1, seed=3), make_noise(model, 2), modes_of(c)[-1]

@@ -17,8 +17,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from test_run import (ENVIRONMENT, SHORT, SOURCE, T, leftovers, losses, make_dataset, make_project, metrics,
-                      nursery, project, result_of, train)  # noqa: F401
+from conftest import slow, slow_but
+from test_run import (  # noqa: F401
+    ENVIRONMENT,
+    SHORT,
+    SOURCES,
+    T,
+    leftovers,
+    losses,
+    make_dataset,
+    make_project,
+    metrics,
+    nursery,
+    poke,
+    project,
+    result_of,
+    train,
+)
 
 KILLS = int(os.environ.get("SLOWRUN_KILLS", 2))
 # Not of the run, but of the machine: what --resume does not know. A state is due after each step; the ranks
@@ -28,12 +43,11 @@ RUN = [*SHORT, *MACHINE]  # ten steps; the last five replay layers
 STUDENTS = "--members 3 --distill 0.5 --average-kind weights".split()  # the second and the third learn
 
 
-# ---- Runs and their comparison -------------------------------------------------------------------
-
+# ---- Runs and their comparison -----------------------------------------------------------------------------
 
 def contents(run):
     """{name: content} of all files but those that tell the time; in the others the clocks are left out."""
-    clocks = {"seconds", "train_seconds", "wall_seconds", "gpu_seconds", "date"}
+    clocks = {"seconds", "train_seconds", "wall_seconds", "gpu_seconds", "segments", "date"}
     timeless = lambda text: {key: value for key, value in json.loads(text).items() if key not in clocks}
     files = {}
     for path in run.rglob("*"):
@@ -45,7 +59,6 @@ def contents(run):
             files[name] = None if re.fullmatch(r"log\w*\.txt|run\.json", name) else path.read_bytes()
     return files
 
-
 def assert_equal(run, reference):
     """Everything that a run leaves behind is what the other left, clocks aside; and there is nothing else."""
     ours, theirs = contents(run), contents(reference)
@@ -54,12 +67,11 @@ def assert_equal(run, reference):
     for name in ours:
         assert ours[name] == theirs[name], name
 
-
-# Places in train_gpt.py at which a process ends itself when DIE names them: before the line that has this.
+# Places in the sources at which a process ends itself when DIE names them: before the line that has this.
 PLACES = {
-    "run.json": 'write_json(folder / "run.json", run |',
+    "run.json": 'write_json(folder / "run.json", before)',
     "the lock": "lock = os.open(folder",
-    "log.txt": 'head = f"source train_gpt.py',
+    "log.txt": 'head = b""',
     "the first step": "gc.freeze()",
     "a member's start": "stream = Stream(",
     "a micro-batch": "if n == len(batch):",
@@ -68,17 +80,18 @@ PLACES = {
     "a state's last name": "temporary.rename(",
     "a state's end": "for old in sorted(self.folder.glob(",
     "an average": "optimizer.take_average()",
-    "a checkpoint": "sha256 = save_weights(",
-    "a checkpoint's scores": 'f"{name}.npz"',
-    "a checkpoint's record": 'write_json(self.folder / f"{name}.json"',
+    "a checkpoint": 'record["sha256"] = write_atomic(',
+    "a checkpoint's scores": 'record["scores"] = write_atomic(',
+    "a checkpoint's record": 'write_json(path.with_suffix(".json")',
     "predictor.json": 'write_json(self.folder / "predictor.json"',
     "an old checkpoint's end": "path.with_suffix(suffix).unlink(",
-    "a state": "t.save_state()",
-    "the members so far": "so_far = t.write_predictor(",
+    "a state": "run.save_state()",
+    "the members so far": "so_far = self.write_predictor(",
     "scoring": "members, mixed = members_of(c",
-    "result.json": 'write_json(log.folder / "result.json"',
+    "result.json": 'write_json(self.folder / "result.json"',
 }
 DIE = '''
+
 def die(place, visits={}):
     """
     Sends itself the signal DIE_BY when it comes to the place DIE for the DIE_AT-th time, on DIE_RANKS; rests
@@ -93,25 +106,26 @@ def die(place, visits={}):
 
 ROOT = '''
 
-
 def death(place):
     """-> the environment that lets a process end at a place, or (place, visit), or nowhere (None)."""
     place, visit = place if isinstance(place, tuple) else (place, 1)
     return {"DIE": place, "DIE_AT": visit} if place else {}
 
-
 @pytest.fixture(scope="module")
 def mortal(project, tmp_path_factory):  # noqa: F811
     """A clone whose processes can be told where to end."""
-    source = SOURCE.replace("\nROOT = ", DIE, 1)
+    sources = SOURCES | {"logbook.py": SOURCES["logbook.py"].replace("\nROOT = ", DIE, 1)}
     for place, text in PLACES.items():
-        call = rf"\1die(f{place!r})\n\1\2"
-        source, number = re.subn(rf"^( *)(.*{re.escape(text)})", call, source, flags=re.M)
+        [name] = (name for name in sources if text in sources[name])
+        module = '' if name == "logbook.py" else "sys.modules['logbook']."
+        call = rf"\1{module}die(f{place!r})\n\1\2"
+        sources[name], number = re.subn(rf"^( *)(.*{re.escape(text)})", call, sources[name], flags=re.M)
         assert number == 1, place
-    clone = make_project(tmp_path_factory.mktemp("mortal") / "clone", source)
+    clone = make_project(tmp_path_factory.mktemp("mortal") / "clone", sources["train_gpt.py"])
+    for name in "harness.py", "logbook.py":
+        (clone / name).write_text(sources[name])
     shutil.copytree(project / "data/short", clone / "data/short")
     return clone
-
 
 @pytest.fixture(scope="module")
 def unbroken(mortal, train):  # noqa: F811
@@ -121,33 +135,27 @@ def unbroken(mortal, train):  # noqa: F811
         assert set(outcome.codes) == {0} and outcome.stderr == "", outcome.stderr
     return {ranks: mortal / f"runs/unbroken{ranks}" for ranks in (1, 2)}
 
-
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
-
 def children(pid, command="."):
     """The process ids of a process's children that run the command, oldest first."""
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", command], capture_output=True, text=True).stdout
     return sorted(map(int, found.split()))
-
 
 def running(pid):
     """It runs or sleeps: it isn't gone, and no zombie."""
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
     return state != "" and not state.startswith("Z")
 
-
 def count(path, text):
     return path.read_text().count(text) if path.exists() else 0
 
-
 def steps_logged(run):
     return count(run / "metrics.jsonl", '"kind": "step"')
-
 
 @pytest.fixture
 def begin(mortal, nursery, train):  # noqa: F811
@@ -166,7 +174,6 @@ def begin(mortal, nursery, train):  # noqa: F811
 
         yield begin
 
-
 @pytest.fixture(scope="module")
 def stopped(mortal, train):  # noqa: F811
     """stopped(name, at, *flags, ranks=1) -> the folder of a run that a signal has stopped in a step."""
@@ -178,20 +185,21 @@ def stopped(mortal, train):  # noqa: F811
 
     return stopped
 
-
 @pytest.fixture(scope="module")
 def stopped_once(stopped):
     run = stopped("stopped", "member 0 step 7")
     assert states(run) == ["step_0000005", "step_0000007"]
     return run
 
+def has_state(run):
+    """A run that ends before its first state leaves nothing to resume, and its name to be used again."""
+    return any(run.glob("state/step_???????"))
 
 def states(run):
     return sorted(path.name for path in (run / "state").iterdir())
 
 
-# ---- Signals -------------------------------------------------------------------------------------
-
+# ---- Signals -----------------------------------------------------------------------------------------------
 
 def test_a_run_that_is_stopped_at_every_step(unbroken, begin):
     """Through the border of an epoch, into the cyclic tail and the replayed layers, after the last step."""
@@ -211,7 +219,6 @@ def test_a_run_that_is_stopped_at_every_step(unbroken, begin):
     assert number > 2
     assert_equal(started.run, unbroken[1])
 
-
 def test_a_signal_to_one_rank_stops_all(unbroken, begin, train, mortal):  # noqa: F811
     started = begin("stopped_two", *RUN, "--run-name", "stopped_two", ranks=2, DIE="member 0 step 3",
                     DIE_BY=signal.SIGTERM, DIE_RANKS="1")
@@ -220,7 +227,6 @@ def test_a_signal_to_one_rank_stops_all(unbroken, begin, train, mortal):  # noqa
     outcome = train(mortal, *MACHINE, "--resume", ranks=2)  # the newest
     assert outcome.codes == [0, 0] and "resume at step 4" in outcome.stdout
     assert_equal(started.run, unbroken[2])
-
 
 def test_second_ctrl_c_quits_at_once(begin):
     """A step of a thousand micro-batches takes long enough to see it."""
@@ -234,9 +240,9 @@ def test_second_ctrl_c_quits_at_once(begin):
     assert steps_logged(started.run) == 0
 
 
-# ---- Kills ---------------------------------------------------------------------------------------
+# ---- Kills -------------------------------------------------------------------------------------------------
 
-
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pgrep"), reason="pgrep finds the ranks")
 def test_kills_at_random_moments(project, tmp_path):  # noqa: F811
     """Of one rank, of both, of torchrun, whatever they do at the time: starting, saving, scoring."""
@@ -267,7 +273,7 @@ def test_kills_at_random_moments(project, tmp_path):  # noqa: F811
                 for pid in rng.permutation(pids)[:1 if victim == "a rank" else None]:
                     os.kill(pid, signal.SIGKILL)
                 if victim == "torchrun" and process.wait() and not (run / "result.json").exists():
-                    process = start(*(["--resume"] if (run / "run.json").exists() else new), run.name)
+                    process = start(*(["--resume"] if has_state(run) else new), run.name)
             assert process.wait() in (0, -signal.SIGKILL), (kills, (tmp_path / "errors").read_text())
             assert_equal(run, clone / "runs/unbroken")
             tried, runs = tried + len(kills), runs + 1
@@ -275,14 +281,12 @@ def test_kills_at_random_moments(project, tmp_path):  # noqa: F811
     assert len(list((clone / "runs").iterdir())) == 1 + runs
     assert "Traceback" not in (tmp_path / "errors").read_text()
 
-
 def test_killed_in_every_place(mortal, unbroken, train):  # noqa: F811
     """A process is killed just before each of them; the next one goes on, and is killed before the next."""
     assert_survives(mortal, train, "mortal", unbroken[1], [], [
-        "run.json", "the lock", "log.txt", "the first step", "a state's progress", "a state's last name",
+        "the lock", "run.json", "log.txt", "the first step", "a state's progress", "a state's last name",
         "a state's end", ("a state", 3), "a checkpoint", "a checkpoint's record", "predictor.json", "scoring",
         "result.json"])
-
 
 def test_an_ensemble_killed_in_every_place(mortal, train):  # noqa: F811
     """At the end of its first student; at the start of the second, whose teacher that is."""
@@ -291,15 +295,13 @@ def test_an_ensemble_killed_in_every_place(mortal, train):  # noqa: F811
         ("an average", 2), "a checkpoint", "a checkpoint's scores", "a checkpoint's record",
         "the members so far", "predictor.json", ("a member's start", 2), "member 2 step 3", "result.json"])
 
-
 def assert_survives(mortal, train, name, reference, flags, places):  # noqa: F811
     for place in [*places, None]:
-        begun = (mortal / "runs" / name / "run.json").exists()
+        begun = has_state(mortal / "runs" / name)
         arguments = [*MACHINE, "--resume", name] if begun else [*RUN, *flags, "--run-name", name]
         outcome = train(mortal, *arguments, **death(place))
         assert outcome.stderr == "" and outcome.codes == [-signal.SIGKILL if place else 0], (place, outcome)
     assert_equal(mortal / "runs" / name, reference)
-
 
 @pytest.mark.parametrize("place", ["run.json", "scoring"])
 def test_torchrun_starts_the_ranks_again(mortal, unbroken, train, place):  # noqa: F811
@@ -313,8 +315,19 @@ def test_torchrun_starts_the_ranks_again(mortal, unbroken, train, place):  # noq
         assert ("val loss" in outcome.stdout) == (number == 1)
         assert_equal(mortal / "runs" / name, unbroken[1])
 
+def test_torchrun_starts_the_ranks_of_a_resumed_run_again(unbroken, stopped, train, mortal):
+    """A rank that is lost after the end, or before it, of a run that was started with --resume."""
+    run, launch = stopped("resumed_launch", "member 0 step 3"), {"TORCHELASTIC_RUN_ID": "resumed"}
+    command = [*MACHINE, "--resume", run.name]
+    assert train(mortal, *command, **death("scoring"), **launch).codes == [-signal.SIGKILL]
+    for number in 1, 2:
+        outcome = train(mortal, *command, TORCHELASTIC_RESTART_COUNT=number, **launch)
+        assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
+        assert ("val loss" in outcome.stdout) == (number == 1)
+        assert_equal(run, unbroken[1])
 
-# ---- Every kind of run ---------------------------------------------------------------------------
+
+# ---- Every kind of run -------------------------------------------------------------------------------------
 
 # {name: (ranks, flags, where a signal stops it, or it is killed, in turn)}. An epoch has 39 sequences. A run
 # that is stopped in a member's last step stands between two members.
@@ -322,23 +335,22 @@ KINDS = {
     "students with averages": (1, f"""--batch-tokens {3 * T} --members 3 --first-epochs 1 --drop-first
         --distill 0.5 --temperature 1.5 --average 1 --average-kind ema --grad-clip 1 --mix logits""",
         ["member 0 step 13", "member 1 step 14", "member 2 step 1"]),
-    "snapshots": (1, f"""--members 4 --restarts --epochs 1 --replay-from 1 --average 1 --distill 0.45
+    "snapshots": (1, f"""--members 4 --restarts --epochs 1 --replay-from-epoch 1 --average 1 --distill 0.45
         --perturb 0.25 --batch-tokens-ends {16 * T} --fitness-tokens 66 --top 2""",
         ["member 0 step 1", "member 2 step 3"]),
     "a blend": (1, f"--batch-tokens {3 * T} --epochs 4 --average-kind blend",
                 ["member 0 step 50", "member 0 step 52"]),
     "weights in bfloat16": (1, """--dtype bfloat16 --epochs 3 --average-kind weights --average-weights equal
-        --window-stages 1:0.25/0.5@3:0.5/1 --passes 2 --mtp head --values table --xsa learned
+        --window-stages 1,0.25,0.5 3,0.5,1 --passes 2 --mtp head --values table --xsa learned
         --gate-optimizer adamw --optimizer adamw""", ["member 0 step 7", ("an old checkpoint's end", 2)]),
     "a foreign optimizer": (2, "--optimizer torch.optim:AdamW --average-kind weights",
                             ["member 0 step 4", "member 0 step 8"]),
 }
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(["snapshots", "weights in bfloat16", "a foreign optimizer"], KINDS))
 def test_every_kind_of_run_goes_on(mortal, train, kind):  # noqa: F811
     ranks, flags, ends = KINDS[kind]
-    name, flags = re.sub(r"\W", "_", kind), [flag.replace("@", " ") for flag in flags.split()]
+    name, flags = re.sub(r"\W", "_", kind), flags.split()
     machine = [*MACHINE, *flags[:2]] if flags[0] == "--dtype" else MACHINE
     run, reference = mortal / "runs" / name, mortal / "runs" / f"all_{name}"
     outcome = train(mortal, *RUN, *flags, "--run-name", reference.name, ranks=ranks)
@@ -356,17 +368,15 @@ def test_every_kind_of_run_goes_on(mortal, train, kind):  # noqa: F811
     assert_equal(run, reference)
     assert predicting(run) == [member["checkpoint"] for member in result_of(run)["members"]]
 
-
 def predicting(run):
-    """The checkpoints that --eval and the ruler would load."""
+    """The checkpoints that the ruler would load."""
     specs = [json.loads(path.read_text()) for path in run.glob("checkpoints/predictor.json")]
     return [member["checkpoint"] for spec in specs for member in spec["members"]]
 
 
-# ---- Two teams -----------------------------------------------------------------------------------
+# ---- Two teams ---------------------------------------------------------------------------------------------
 
 TEAMS = "--ranks-per-member 2 --members 4 --distill 0.5 --epochs 1 --average 1 --average-kind weights".split()
-
 
 @pytest.fixture(scope="module")
 def teams(mortal, train):  # noqa: F811
@@ -374,7 +384,6 @@ def teams(mortal, train):  # noqa: F811
     outcome = train(mortal, *RUN, *TEAMS, "--run-name", "teams", ranks=4)
     assert outcome.codes == [0] * 4 and outcome.stderr == "", outcome.stderr
     return mortal / "runs/teams"
-
 
 def test_each_of_two_teams_goes_on(mortal, teams, train):  # noqa: F811
     """When a rank of one is killed, the other is stopped wherever it is."""
@@ -387,7 +396,7 @@ def test_each_of_two_teams_goes_on(mortal, teams, train):  # noqa: F811
     assert outcome.codes == [0] * 4 and outcome.stderr == "", outcome.stderr
     assert_equal(mortal / "runs/ended_teams", teams)
 
-
+@pytest.mark.slow
 def test_a_team_that_is_ahead_changes_nothing(teams, begin):
     """The first one is held in its first member until the other has ended its last."""
     started = begin("ahead", *RUN, *TEAMS, "--run-name", "ahead", ranks=4, DIE="member 0 step 3",
@@ -399,23 +408,20 @@ def test_a_team_that_is_ahead_changes_nothing(teams, begin):
     assert_equal(started.run, teams)
 
 
-# ---- Another number of ranks, two at once --------------------------------------------------------
+# ---- Another number of ranks, two at once ------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, slow(4)])
 def test_two_ranks_go_on_as(unbroken, stopped, train, mortal, ranks):  # noqa: F811
     run = stopped(f"two_as_{ranks}", "member 0 step 3", ranks=2)
     outcome = train(mortal, *MACHINE, "--resume", run.name, ranks=ranks)
     assert set(outcome.codes) == {0}, outcome.stderr
     np.testing.assert_allclose(losses(run), losses(unbroken[2]), rtol=5e-6)
 
-
 def test_foreign_optimizer_wants_as_many_ranks(stopped, train, mortal):  # noqa: F811
     run = stopped("foreign", "member 0 step 3", "--optimizer", "torch.optim:AdamW", ranks=2)
     outcome = train(mortal, *MACHINE, "--resume", run.name)
     assert outcome.codes == [2]
     assert re.fullmatch(r"error: [^\n]*2 ranks[^\n]*\n", outcome.stderr), outcome.stderr
-
 
 def test_only_one_process_trains_in_a_folder(begin, mortal):  # noqa: F811
     first = begin("alone", *RUN, "--run-name", "alone", "--epochs", "99")
@@ -425,27 +431,23 @@ def test_only_one_process_trains_in_a_folder(begin, mortal):  # noqa: F811
         2, "error: another process is training in runs/alone; stop it first\n")
     assert first.end().codes == [75]
 
-
 def train_alone(clone, *flags):
     """Beside the nursery, which does one thing at a time."""
     command = [sys.executable, f"{clone}/train_gpt.py", *MACHINE, *flags]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
 
 
-# ---- Damage --------------------------------------------------------------------------------------
-
+# ---- Damage ------------------------------------------------------------------------------------------------
 
 def newest_state(run):
     return max((run / "state").glob("step_*"))
-
 
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
-
-@pytest.mark.parametrize("damage", [
+DAMAGES = [
     lambda state: flip(state / "__0_0.distcp"),
     lambda state: flip(state / ".metadata"),
     lambda state: flip(state / "progress.json"),
@@ -455,39 +457,60 @@ def flip(path):
     lambda state: os.truncate(state / "manifest.json", 100),
     lambda state: (state / "manifest.json").unlink(),
     lambda state: (state / "__0_0.distcp").unlink(),
-], ids="part metadata progress manifest cut empty manifest-cut no-manifest no-part".split())
-def test_damaged_state_is_named_and_older_used(unbroken, stopped_once, train, mortal, damage):  # noqa: F811
+]
+
+def test_damaged_states_are_named_and_an_older_one_used(unbroken, stopped_once, train, mortal):  # noqa: F811
+    """A state for each damage, all of them newer than one that is sound."""
     run = mortal / "runs/damaged"
-    shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(stopped_once, run)
-    older, newer = states(run)
-    damage(run / "state" / newer)
+    older, newer = (stopped_once / "state" / name for name in states(run))
+    damaged = [run / f"state/step_{int(newer.name[5:]) + n:07d}" for n in range(len(DAMAGES))]
+    for state, damage in zip(damaged, DAMAGES):
+        shutil.copytree(newer, state, dirs_exist_ok=True)
+        damage(state)
     outcome = train(mortal, *MACHINE, "--resume", "damaged")
     assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
-    assert re.search(rf"^state  {newer} is unsound: .+; going back", outcome.stdout, re.M)
-    assert f"resume at step {int(older[5:])}," in outcome.stdout
+    named = re.findall(r"^state  (\w+) is unsound: .+; going back", outcome.stdout, re.M)
+    assert named == [state.name for state in reversed(damaged)]
+    assert f"resume at step {int(older.name[5:])}," in outcome.stdout
     assert_equal(run, unbroken[1])
 
-
-def test_when_all_states_are_damaged_it_starts_anew(mortal, train):  # noqa: F811
-    """The members that are there already count when they have been trained again."""
-    flags = "--members 2 --epochs 1 --average 1 --replay-from 1".split()
-    assert train(mortal, *RUN, *flags, "--run-name", "two_members").codes == [0]
+def test_when_all_states_are_damaged_it_deletes_nothing(stopped_once, train, mortal):  # noqa: F811
     run = mortal / "runs/all_damaged"
-    end = death(("the members so far", 2))
-    assert train(mortal, *RUN, *flags, "--run-name", run.name, **end).codes == [-signal.SIGKILL]
+    shutil.copytree(stopped_once, run)
     for state in (run / "state").iterdir():
         flip(state / "__0_0.distcp")
-    outcome = train(mortal, *MACHINE, "--resume", run.name)
-    assert outcome.codes == [0] and outcome.stdout.count(" is unsound: ") == 2
-    assert_equal(run, mortal / "runs/two_members")
+    for _ in range(2):
+        outcome = train(mortal, *MACHINE, "--resume", run.name)
+        assert outcome.codes == [2]
+        assert re.fullmatch("error: no state in [^\n]+ --run-name\n", outcome.stderr), outcome.stderr
+        assert states(run) == ["step_0000005.bad", "step_0000007.bad"]
 
+@pytest.mark.parametrize("damage, said", [
+    (lambda run: os.truncate(run / "metrics.jsonl", 100), "metrics.jsonl has lost lines"),
+    (lambda run: os.unlink(run / "metrics.jsonl"), "metrics.jsonl has lost lines"),
+    (lambda run: poke(run / "metrics.jsonl", 5, b"}"), "metrics.jsonl is damaged"),
+], ids="cut gone damaged".split())
+def test_damaged_metrics_are_named(stopped_once, train, mortal, damage, said):  # noqa: F811
+    run = mortal / "runs/no_metrics"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(stopped_once, run)
+    damage(run)
+    outcome = train(mortal, *MACHINE, "--resume", run.name)
+    assert outcome.codes == [2] and re.fullmatch(f"error: [^\n]*{said}[^\n]*\n", outcome.stderr), outcome
+
+def test_a_run_that_cannot_be_read_hinders_no_other(mortal, train):  # noqa: F811
+    (mortal / "runs/broken").mkdir()
+    (mortal / "runs/broken/run.json").write_text("{")
+    outcome = train(mortal, *RUN, "--max-steps", "1", "--run-name", "beside")
+    shutil.rmtree(mortal / "runs/broken")
+    assert outcome.codes == [0]
+    assert re.fullmatch("skipped [^\n]*broken/run.json[^\n]*\n", outcome.stderr), outcome.stderr
 
 @pytest.fixture(scope="module")
 def student(stopped):
     """The folder of a run that was stopped while its second member learned from the first."""
     return stopped("student", "member 1 step 2", *STUDENTS, "--epochs", "1", "--average", "1")
-
 
 @pytest.mark.parametrize("name, damage", [
     ("member_0000.pt", flip),
@@ -495,8 +518,9 @@ def student(stopped):
     ("member_0000.pt", lambda path: os.truncate(path, 0)),
     ("member_0000.pt", os.unlink),
     ("member_0000.json", os.unlink),
+    ("member_0000.json", lambda path: path.write_text("[1]")),
     ("member_0000.npz", flip),
-], ids="flip cut empty gone no-record scores".split())
+], ids="flip cut empty gone no-record no-member scores".split())
 def test_damaged_teacher_is_named(student, train, mortal, name, damage):  # noqa: F811
     run = mortal / "runs/no_teacher"
     shutil.rmtree(run, ignore_errors=True)
@@ -507,7 +531,7 @@ def test_damaged_teacher_is_named(student, train, mortal, name, damage):  # noqa
     assert re.fullmatch(rf"error: [^\n]*{name}[^\n]*\n", outcome.stderr), outcome.stderr
     assert not (run / "result.json").exists() and leftovers(run) == []
 
-
+@pytest.mark.slow
 def test_second_team_names_its_damaged_teacher(stopped, train, mortal):  # noqa: F811
     run = stopped("team_without_teacher", "member 3 step 2", *TEAMS, ranks=4)
     flip(run / "checkpoints/member_0001.pt")
@@ -516,8 +540,7 @@ def test_second_team_names_its_damaged_teacher(stopped, train, mortal):  # noqa:
     assert re.search(r"^error: [^\n]*member_0001.pt[^\n]*\n", outcome.stderr, re.M), outcome.stderr
 
 
-# ---- Disks ---------------------------------------------------------------------------------------
-
+# ---- Disks -------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def small_disk(mortal, stopped_once, tmp_path):
@@ -534,7 +557,6 @@ def small_disk(mortal, stopped_once, tmp_path):
     yield clone
     subprocess.run(["umount", clone / "runs"], check=True)
 
-
 def test_disk_that_is_full_during_a_state(unbroken, small_disk, train):  # noqa: F811
     run = small_disk / "runs/small"
     before = {path: path.read_bytes() for path in (run / "state").rglob("step_*/*")}
@@ -547,7 +569,6 @@ def test_disk_that_is_full_during_a_state(unbroken, small_disk, train):  # noqa:
     assert train(small_disk, *MACHINE, "--resume", "small").codes == [0]
     assert_equal(run, unbroken[1])
 
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_read_only_disk(small_disk, train, ranks):  # noqa: F811
     subprocess.run(["mount", "-o", "remount,ro", small_disk / "runs"], check=True)
@@ -556,11 +577,10 @@ def test_read_only_disk(small_disk, train, ranks):  # noqa: F811
     assert re.fullmatch(r"error: cannot write [^\n]*Read-only[^\n]*\n", outcome.stderr), outcome.stderr
 
 
-# ---- A run goes on only as what it was -----------------------------------------------------------
-
+# ---- A run goes on only as what it was ---------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags, ranks, said", [
-    ("--resume stopped --lr-scale 2 --seed 43", 1, "lr_scale was 1.0, is 2.0; seed was 42, is 43"),
+    ("--resume stopped --lr-scale 2 --seed 43", 1, "seed was 42, is 43; lr_scale was 1.0, is 2.0"),
     ("--resume stopped --config teacher.json", 1, "distill was 0.0, is 0.5"),
     ("--resume stopped --track smoke", 1, "smoke has no unfinished run to resume (stopped)"),
     ("--resume stopped --data data/other", 1, "data was "),
@@ -583,7 +603,6 @@ def test_refused(unbroken, stopped_once, train, mortal, flags, ranks, said):  # 
     assert re.fullmatch(r"error: [^\n]+\n", outcome.stderr) and said in outcome.stderr, outcome.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
-
 def test_edited_source(unbroken, stopped_once, train, mortal):  # noqa: F811
     """It is no record then, even if the edit is taken back later."""
     run, source = mortal / "runs/edited", (mortal / "train_gpt.py").read_text()
@@ -599,11 +618,10 @@ def test_edited_source(unbroken, stopped_once, train, mortal):  # noqa: F811
     assert train(mortal, *MACHINE, "--resume", "edited").codes == [0]
     assert (losses(run) == losses(unbroken[1])).all()
     new = set(result_of(run)["violations"]) - set(result_of(unbroken[1])["violations"])
-    assert len(new) == 1 and "train_gpt.py was edited" in new.pop()
+    assert new == {"a source was edited while it ran"}
 
 
-# ---- Trouble that ends a run ---------------------------------------------------------------------
-
+# ---- Trouble that ends a run -------------------------------------------------------------------------------
 
 def test_states_are_kept_when_a_loss_is_not_finite(mortal, train):  # noqa: F811
     outcome = train(mortal, *RUN, *"--epochs 9 --lr-embed 1000 --lr-scale 100 --run-name explodes".split())
@@ -614,7 +632,6 @@ def test_states_are_kept_when_a_loss_is_not_finite(mortal, train):  # noqa: F811
     again = train(mortal, *MACHINE, "--resume", "explodes")
     assert again.codes == [3] and f" at step {step};" in again.stderr
     assert states(mortal / "runs/explodes") == kept
-
 
 def test_a_rank_that_hangs_ends_the_run(begin):
     """In time, with a code of its own, by which run.sh knows to name it."""
@@ -631,12 +648,11 @@ def test_a_rank_that_hangs_ends_the_run(begin):
     assert outcome.codes == [4, -signal.SIGKILL] and outcome.stderr == "", outcome
     assert states(started.run)
 
-
 LONE = ["--ranks-per-member", 1, *TEAMS[2:]]  # teams of one rank, which no collective tells of each other
 
-
 @pytest.mark.parametrize("hung, at, epochs", [
-    (0, "member 0 step 3", 99), (0, "member 2 step 3", 1), (1, "member 3 step 3", 1)])
+    (0, "member 0 step 3", 99), slow(0, "member 2 step 3", 1), slow(1, "member 3 step 3", 1),
+])
 def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
     """Whether the other trains or waits for members."""
     name = f"lone{at[7]}"
@@ -651,7 +667,7 @@ def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
     log = started.run / f"log{'_1' * (hung == 0)}.txt"
     assert count(log, f"\nteam {hung} of 2 does not answer\n") == 1
 
-
+@pytest.mark.slow
 def test_a_team_that_is_slow_does_not(begin):
     """The other waits twice as long as --timeout, and even a step takes longer; but no micro-batch does."""
     flags = f"--run-name slow --timeout 0.1 --device-batch 1 --batch-tokens {39 * T}".split()

@@ -15,40 +15,53 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import torch
-import train_gpt
-from test_run import (ENVIRONMENT, ROOT, SOURCE, T, VOCAB, losses, make_dataset, make_project,  # noqa: F401
-                      metrics, nursery, project, refused, result_of, train)
-
 import shards
+import torch
+from conftest import slow, slow_but
+from test_run import (  # noqa: F401
+    ENVIRONMENT,
+    ROOT,
+    SOURCE,
+    VOCAB,
+    T,
+    losses,
+    make_dataset,
+    make_project,
+    metrics,
+    nursery,
+    project,
+    result_of,
+    train,
+)
+
+import harness
+import logbook
+import train_gpt
 
 SMALL = f"""--dataset short --seq-len {T} --n-layer 2 --n-head 2 --n-embd 32 --batch-tokens {8 * T}
     --lr-scale 0.25 --dtype float32 --no-compile"""
-REPLAY = "--replay 1-1 --replay-passes 2 --replay-from 2"
+REPLAY = "--replay 1-1 --replay-passes 2 --replay-from-epoch 2"
 # What makes the track's row small, and lets everything that changes in a run change within a few epochs.
 TRACKS = {
-    "tiny": "--epochs 3 --cycles 1 --average 2 --wd-schedule '0.5:1 1.5:0.125 3:1.1625'",
-    "limited": f"{REPLAY} --epochs 3 --cycles 1 --average 2",
-    "two_hour": f"""{REPLAY} --replay-from 3 --epochs 4 --cycles 1 --average 4
-        --window-stages '1:0.125/0.375 2:0.375/0.875 3:0.625/1'""",
+    "tiny": "--meta-sequences 4 --epochs 3 --cycles 1 --average 2 --wd-schedule 0.5,1 1.5,0.125 3,1.1625",
+    "limited": f"{REPLAY} --meta-sequences 4 --epochs 3 --cycles 1 --average 2",
+    "two_hour": f"""{REPLAY} --replay-from-epoch 3 --epochs 4 --cycles 1 --average 4
+        --window-stages 1,0.125,0.375 2,0.375,0.875 3,0.625,1""",
     "nano_unlimited": f"""{REPLAY} --members 3 --distill 0.7 --epochs 2 --cycles 1
         --average-kind weights --average 2""",
     "unlimited": f"{REPLAY} --members 3 --epochs 2 --first-epochs 1",
-    "unlimited_snapshots": f"""{REPLAY} --replay-from 1 --members 5 --epochs 1 --distill-from 2 --top 3
-        --batch-tokens-ends {4 * T} --fitness-tokens 100""",
+    "unlimited_snapshots": f"""{REPLAY} --replay-from-epoch 1 --members 5 --epochs 1
+        --distill-after-members 2 --top 3 --batch-tokens-ends {4 * T} --fitness-tokens 100""",
 }
 MEMBERS = {"tiny": ["member_0000.pt"], "limited": ["epoch_0002.pt", "epoch_0003.pt"],
            "two_hour": [f"epoch_{epoch:04d}.pt" for epoch in (1, 2, 3, 4)],
            "nano_unlimited": [f"member_{member:04d}.pt" for member in (0, 1, 2)],
            "unlimited": ["member_0001.pt", "member_0002.pt"]}  # the first one only teaches
 
-
 LEARNS = ("--lr-scale", 1)  # four times as fast, for what shows only in models that have learned something
-
 
 def flags(track):
     return ["--track", track, *shlex.split(SMALL), *shlex.split(TRACKS[track])]
-
 
 @pytest.fixture(scope="session")
 def run(project, train):  # noqa: F811
@@ -67,14 +80,12 @@ def run(project, train):  # noqa: F811
     return run
 
 
-# ---- Counted again -------------------------------------------------------------------------------
-
+# ---- Counted again -----------------------------------------------------------------------------------------
 
 def cut(folder, split):
     """(n, T+1) int64: the non-overlapping sequences of a split in file order."""
     tokens = np.array(shards.read(folder / f"{split}.bin"), dtype=np.int64)
     return tokens[:len(tokens) // (T + 1) * (T + 1)].reshape(-1, T + 1)
-
 
 @torch.no_grad()
 def member_logits(run, checkpoint, sequences, mode=None):
@@ -88,15 +99,12 @@ def member_logits(run, checkpoint, sequences, mode=None):
         p.copy_(weights[name])
     return model.logits(model.trunk(torch.from_numpy(sequences[:, :-1]), mode)[0]).double().numpy()
 
-
 def softmax(z):
     e = np.exp(z - z.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
-
 def target_probabilities(p, sequences):
     return np.take_along_axis(p, sequences[:, 1:, None], -1)[..., 0]
-
 
 def mixture_loss(run, sequences, members, mix="probs"):
     """The loss of a mixture of [(checkpoint, weight)]."""
@@ -109,35 +117,39 @@ def mixture_loss(run, sequences, members, mix="probs"):
         p = sum(w * softmax(part) for w, part in zip(weights, z))
     return -np.log(target_probabilities(p, sequences)).mean()
 
-
 def predictor_of(run):
     return [(m["checkpoint"], m["weight"]) for m in result_of(run)["members"]]
 
 
-# ---- All tracks ----------------------------------------------------------------------------------
+# ---- All tracks --------------------------------------------------------------------------------------------
 
+SHARED = ["tiny", "two_hour", "unlimited_snapshots"]  # between them they have all that ranks share
 
 @pytest.mark.parametrize("track", TRACKS)
+def test_track_leaves_the_checkpoints_of_its_members(run, track):
+    folder = run(track)
+    result = result_of(folder)
+    assert result["violations"] == [f"trained on short, not on the track's {track_data(track)}"]
+    if track in MEMBERS:
+        assert [m["checkpoint"] for m in result["members"]] == MEMBERS[track]
+    names = {path.name for path in (folder / "checkpoints").iterdir()} - {"predictor.json"}
+    count = result["config"]["members"]
+    trained = [f"member_{m:04d}.pt" for m in range(count)] if count > 1 else MEMBERS[track]
+    assert names == {name[:-2] + suffix for name in trained for suffix in ("pt", "npz", "json")}
+
+@pytest.mark.parametrize("track", slow_but(SHARED, TRACKS))
 def test_track_is_the_same_on_one_and_on_two_ranks(run, track):
     # With zero out-projections the stream's scale has no effect on the loss at first, and AdamW goes where
     # rounding points in those gradients: such a run differs by more than rounding.
     more = ["--out-init", "normal"] if track == "tiny" else []
     one, two = (run(track, *more, ranks=ranks) for ranks in (1, 2))
-    for folder in one, two:
-        result = result_of(folder)
-        assert result["violations"] == [f"trained on short, not on the track's {track_data(track)}"]
-        if track in MEMBERS:
-            assert [m["checkpoint"] for m in result["members"]] == MEMBERS[track]
-        names = {path.name for path in (folder / "checkpoints").iterdir()} - {"predictor.json"}
-        count = result["config"]["members"]
-        trained = [f"member_{m:04d}.pt" for m in range(count)] if count > 1 else MEMBERS[track]
-        assert names == {name[:-2] + suffix for name in trained for suffix in ("pt", "npz", "json")}
+    left = [({path.name for path in (folder / "checkpoints").iterdir()},
+             [member["checkpoint"] for member in result_of(folder)["members"]]) for folder in (one, two)]
+    assert left[0] == left[1]
     np.testing.assert_allclose(losses(one), losses(two), rtol=5e-6)
-
 
 def track_data(track):
     return "nano" if track == "nano_unlimited" else "fineweb100M"
-
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_score_is_that_of_the_checkpoints(run, project, track):  # noqa: F811
@@ -145,7 +157,6 @@ def test_score_is_that_of_the_checkpoints(run, project, track):  # noqa: F811
     for split in "val", "audit":
         loss = mixture_loss(folder, cut(project / "data/short", split), predictor_of(folder))
         assert result_of(folder)[f"{split}_loss"] == pytest.approx(loss, rel=1e-6)
-
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_counts(run, track):
@@ -163,11 +174,11 @@ def test_counts(run, track):
     assert result["val_evaluations"] == looks
     assert len(metrics(folder, "ensemble")) == (members if members > 1 else 0)
 
-
+@pytest.mark.slow
 def test_an_ensemble_beats_its_best_member(project, train):  # noqa: F811
     """On a chain that a member has learned as well as it can from these tokens."""
-    more = ["--dataset", "nano", "--distill", 0, "--epochs", 4, "--replay-from", 3, "--batch-tokens", 16 * T,
-            "--lr-scale", 1]
+    more = ["--dataset", "nano", "--distill", 0, "--epochs", 4, "--replay-from-epoch", 3,
+            "--batch-tokens", 16 * T, "--lr-scale", 1]
     outcome = train(project, *flags("nano_unlimited"), *more, "--run-name", "ensemble")
     assert outcome.codes == [0], outcome.stderr
     result = result_of(project / "runs/ensemble")
@@ -175,7 +186,6 @@ def test_an_ensemble_beats_its_best_member(project, train):  # noqa: F811
     start = metrics(project / "runs/ensemble", "eval")[0]["loss"]
     assert best < start - 2 and result["val_loss"] < best - 0.002
     print(result["val_loss"], [member["val_loss"] for member in result["members"]])
-
 
 @pytest.mark.parametrize(("flags", "name", "reason"), [
     ("avx2", None, "no bfloat16 units"),
@@ -186,26 +196,31 @@ def test_an_ensemble_beats_its_best_member(project, train):  # noqa: F811
 ])
 def test_the_log_says_why_a_dtype_was_taken(flags, name, reason):
     info = f"model name\t: A CPU\nflags\t\t: sse {flags}\n"
-    with mock.patch.object(train_gpt.Path, "exists", lambda _: True), \
-            mock.patch.object(train_gpt.Path, "read_text", lambda _: info):
-        device, cpu, dtype, why = train_gpt.pick_device(Namespace(dtype=name))
+    with mock.patch.object(logbook.Path, "exists", lambda _: True), \
+            mock.patch.object(logbook.Path, "read_text", lambda _: info):
+        device, cpu, dtype, why = logbook.pick_device(Namespace(dtype=name))
     assert (device.type, cpu.split(",")[0], why) == ("cpu", "A CPU", reason)
     assert str(dtype) == f"torch.{name or ('float32' if flags == 'avx2' else 'bfloat16')}"
 
 
-# ---- Mixtures ------------------------------------------------------------------------------------
+# ---- Mixtures ----------------------------------------------------------------------------------------------
 
+def evaluate(folder, *flags, data="short"):
+    """What `./run.sh eval` prints of a run, by the run's own source."""
+    command = [sys.executable, ROOT / "records/ruler.py", "eval", folder, *flags, "--unconfined"]
+    command += ["--data", folder.parent.parent / "data" / data]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
-def scores(outcome):
-    """{split: the loss}, and [each member's loss, split by split], as --eval printed them."""
-    totals = dict(re.findall(r"^(\S+) loss (\d+\.\d+)", outcome.stdout, re.M))
-    totals = {split: float(loss) for split, loss in totals.items()}
-    return totals, [float(loss) for loss in re.findall(r"^  (\d+\.\d{6})   \S+\.pt", outcome.stdout, re.M)]
+def scores(printed):
+    """{split: the loss}, and [each member's loss, split by split], as eval printed them."""
+    totals = re.findall(r"^(.+): loss (\d+\.\d+)", printed, re.M)
+    members = re.findall(r"^  (\d+\.\d{6})  .* loss of \S+\.pt", printed, re.M)
+    return {split: float(loss) for split, loss in totals}, list(map(float, members))
 
-
-@pytest.mark.parametrize("ranks, mix", [(1, "probs"), (4, "logits")])
+@pytest.mark.parametrize("ranks, mix", [(1, "probs"), slow(2, "logits")])
 def test_mixture_is_a_direct_computation(run, project, train, ranks, mix):  # noqa: F811
-    """As the run scored itself, and as --eval with the other mix does."""
+    """As the run scored itself, and as eval with the other mix does."""
     folder = run("nano_unlimited", "--mix", mix, *LEARNS, ranks=ranks)
     sequences = cut(project / "data/short", "val")
     members = predictor_of(folder)
@@ -214,10 +229,9 @@ def test_mixture_is_a_direct_computation(run, project, train, ranks, mix):  # no
     assert abs(expected["probs"] - expected["logits"]) > 1e-4  # or the test could not tell them apart
     assert result_of(folder)["val_loss"] == pytest.approx(expected[mix], rel=1e-6)
     other = "logits" if mix == "probs" else "probs"
-    outcome = train(project, "--eval", folder.name, "--mix", other, "--split", "val", ranks=ranks)
-    assert set(outcome.codes) == {0} and outcome.stderr == "", outcome.stderr
-    assert scores(outcome)[0] == {"val": pytest.approx(expected[other], abs=1.5e-6)}
-
+    code, printed, errors = evaluate(folder, "--mix", other, "--split", "val")
+    assert (code, errors) == (0, "")
+    assert scores(printed)[0] == {"val": pytest.approx(expected[other], abs=1.5e-6)}
 
 @pytest.mark.parametrize("track", ["nano_unlimited", "unlimited"])
 def test_curve_of_the_ensemble(run, project, track):  # noqa: F811
@@ -236,7 +250,6 @@ def test_curve_of_the_ensemble(run, project, track):  # noqa: F811
         assert f"the {len(group)} members so far {row['loss']:.4f}" in log
     assert rows[-1]["loss"] == pytest.approx(result_of(folder)["val_loss"], rel=1e-12)
 
-
 def test_every_member_starts_anew_and_is_longer_taught_than_the_first(run):
     folder = run("unlimited")
     starts = [row for row in metrics(folder, "eval") if row["step"] == 0]
@@ -248,8 +261,7 @@ def test_every_member_starts_anew_and_is_longer_taught_than_the_first(run):
     assert [mode[0] for mode in modes] == [False, True, True]  # the first never comes to the replay
 
 
-# ---- Snapshots and their selection ---------------------------------------------------------------
-
+# ---- Snapshots and their selection -------------------------------------------------------------------------
 
 def test_snapshots_go_on_where_the_one_before_ended(run):
     folder = run("unlimited_snapshots", *LEARNS)
@@ -257,7 +269,6 @@ def test_snapshots_go_on_where_the_one_before_ended(run):
     assert [row["member"] for row in evals if row["step"] == 0] == [0]  # one start
     rows = [[row["loss"] for row in metrics(folder, "step") if row["member"] == m] for m in range(5)]
     assert max(first[0] for first in rows[1:]) < rows[0][0] - 0.1
-
 
 def fitness_probabilities(run, project):  # noqa: F811
     """(M, n): what each snapshot gives the targets of the first whole documents of train, 100 tokens."""
@@ -267,7 +278,6 @@ def fitness_probabilities(run, project):  # noqa: F811
     names = [f"member_{member:04d}.pt" for member in range(5)]
     return np.stack([target_probabilities(softmax(member_logits(run, name, sequences)), sequences).ravel()
                      for name in names])
-
 
 def test_selection_is_the_best_mixture_of_the_fitness_tokens(run, project):  # noqa: F811
     """The best is found here by expectation maximisation, which climbs to the only maximum."""
@@ -288,7 +298,6 @@ def test_selection_is_the_best_mixture_of_the_fitness_tokens(run, project):  # n
     total = sum(weight for _, weight in largest)
     assert chosen == {name: pytest.approx(weight / total, rel=1e-6) for name, weight in largest}
 
-
 def test_selection_never_sees_val_or_audit(run, project, train, tmp_path):  # noqa: F811
     make_dataset(tmp_path / "other", "short", train=1_300, val=700, audit=800, seed=1)
     for name in "train.bin", "token_bytes.bin":
@@ -305,28 +314,24 @@ def test_selection_never_sees_val_or_audit(run, project, train, tmp_path):  # no
     assert abs(results[0]["val_loss"] - results[1]["val_loss"]) > 0.1
     assert predictor_of(project / "runs/other") == predictor_of(run("unlimited_snapshots"))
 
-
 def test_fitness_tokens_are_taken_from_train(project):  # noqa: F811
     tokens = np.array(shards.read(project / "data/short/train.bin"))
     for size in 1, 100, 500, 1_299, 10_000:
-        data = train_gpt.Dataset(project / "data/short", "")
+        data = harness.Dataset(project / "data/short", "")
         data.set_aside(size)
         fitness, rest = data.splits["fitness"], data.splits["train"]
         assert (np.concatenate((fitness, rest)) == tokens).all()
         assert rest[0] == VOCAB - 1 and len(fitness) >= min(size, data.documents("fitness")[-1])
 
 
-# ---- Teams of ranks ------------------------------------------------------------------------------
-
+# ---- Teams of ranks ----------------------------------------------------------------------------------------
 
 def weights_of(run, member):
     return torch.load(run / f"checkpoints/member_{member:04d}.pt", weights_only=True)
 
-
 def same(a, b):
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) for name in a)
-
 
 def test_members_without_a_chain_are_the_same_in_two_teams(run):
     independent = ["--distill", 0, "--members", 4, "--epochs", 1, "--average", 1]
@@ -348,21 +353,19 @@ def test_members_without_a_chain_are_the_same_in_two_teams(run):
         assert (apart / f"log{suffix}.txt").exists()
     assert two["val_evaluations"] == looks
 
-
 def test_each_team_has_a_chain_of_its_own(run):
     """Which is that of a run of one team with its seed: its stream, noise, teachers and snapshots."""
-    chain = ["--distill-from", 1, "--top", 0]
-    both = run("unlimited_snapshots", *chain, "--members", 6, "--ranks-per-member", 2, ranks=4)
+    chain = ["--distill-after-members", 1, "--top", 0]
+    both = run("unlimited_snapshots", *chain, "--members", 6, "--ranks-per-member", 1, ranks=2)
     for team in 0, 1:
-        alone = run("unlimited_snapshots", *chain, "--members", 3, "--seed", 42 + team, ranks=2)
+        alone = run("unlimited_snapshots", *chain, "--members", 3, "--seed", 42 + team)
         for link in range(3):
             assert same(weights_of(both, 2 * link + team), weights_of(alone, link)), (team, link)
 
 
-# ---- The ruler -----------------------------------------------------------------------------------
+# ---- The ruler ---------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("track", ["tiny", "nano_unlimited", "unlimited_snapshots"])
+@pytest.mark.parametrize("track", ["nano_unlimited", slow("tiny"), slow("unlimited_snapshots")])
 def test_ruler_finds_what_the_run_states(run, project, track):  # noqa: F811
     """An average of weights, an ensemble, and a selection with weights of its own."""
     command = [sys.executable, ROOT / "records/ruler.py", run(track), "--data", project / "data/short"]
@@ -370,8 +373,7 @@ def test_ruler_finds_what_the_run_states(run, project, track):  # noqa: F811
     assert done.returncode == 0 and done.stdout.count("ok  ") == 7, done.stdout + done.stderr
 
 
-# ---- A clone that can be stopped and watched -----------------------------------------------------
-
+# ---- A clone that can be stopped and watched ---------------------------------------------------------------
 
 def planted(source, *lines_before):
     for line, code in lines_before:
@@ -379,25 +381,22 @@ def planted(source, *lines_before):
         source = source.replace(line, code + line)
     return source
 
-
 WATCHED = planted(
     SOURCE,
-    ("            began, epoch, mode = time.perf_counter()",
-     "            if os.environ.get('STOP_AT') == f'{member} {step}':\n"
-     "                signal.raise_signal(signal.SIGTERM)\n"),
-    ("        stream = Stream(",
-     "        if os.environ.get('WATCH'):\n"
-     "            print('weights', member, digest(np.concatenate("
+    ("        epoch, mode, loss = schedule.epoch(step)",
+     "        if sys.modules['logbook'].os.environ.get('STOP_AT') == f'{member} {step}':\n"
+     "            sys.modules['logbook'].signal.raise_signal(15)\n"),
+    ("    stream = Stream(",
+     "    if sys.modules['logbook'].os.environ.get('WATCH'):\n"
+     "        print('weights', member, sys.modules['logbook'].digest(np.concatenate("
      "[p.detach().flatten().numpy() for p in t.model.parameters()])))\n"),
 )
-
 
 @pytest.fixture(scope="session")
 def watched(project, tmp_path_factory):  # noqa: F811
     folder = make_project(tmp_path_factory.mktemp("watched") / "clone", WATCHED)
     (folder / "data").symlink_to(project / "data")
     return folder
-
 
 def test_snapshots_and_noise_are_the_same_on_all_ranks(watched, train):  # noqa: F811
     more = ["--top", 0, "--run-name", "noise"]
@@ -407,7 +406,6 @@ def test_snapshots_and_noise_are_the_same_on_all_ranks(watched, train):  # noqa:
     assert sorted(int(member) for member, _ in seen) == sorted(2 * [0, 1, 2, 3, 4])
     assert len(set(seen)) == 5  # one digest for each member
 
-
 @pytest.fixture(scope="session")
 def stopped(watched, train):  # noqa: F811
     """A distilled ensemble whose run was stopped in its third member, and its flags."""
@@ -416,40 +414,36 @@ def stopped(watched, train):  # noqa: F811
     assert outcome.codes == [75], outcome.stderr
     return watched / "runs/stopped", arguments
 
-
-def test_eval_of_a_half_finished_run(stopped, watched, project, train):  # noqa: F811
+def test_eval_of_a_half_finished_run(stopped, watched):
     folder, _ = stopped
     shutil.copytree(folder, watched / "runs/half")
-    outcome = train(watched, "--eval", "half", "--split", "val")
-    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
+    code, printed, errors = evaluate(watched / "runs/half", "--split", "val")
+    assert (code, errors) == (0, "")
     curve = metrics(folder, "ensemble")
-    assert len(curve) == 2 and scores(outcome)[0] == {"val": pytest.approx(curve[-1]["loss"], abs=1.5e-6)}
-    assert "result.json" not in outcome.stdout and "1 checkpoint(s)" in outcome.stdout
-
+    assert len(curve) == 2 and scores(printed)[0] == {"val": pytest.approx(curve[-1]["loss"], abs=1.5e-6)}
+    assert "result.json" not in printed
 
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
-
 def test_damaged_member_is_named(stopped, watched, train):  # noqa: F811
-    """By --eval and by the member that would learn from it; mended, the run goes on to its end."""
+    """By eval and by the member that would learn from it; mended, the run goes on to its end."""
     folder, arguments = stopped
     damaged = folder / "checkpoints/member_0001.pt"
     flip(damaged)
-    for command in ["--eval", "stopped"], [*arguments, "--resume", "stopped"]:
-        outcome = train(watched, *command)
-        assert outcome.codes == [2]
-        line = r"error: [^\n]*member_0001\.pt [^\n]*damaged[^\n]*\n"
-        assert re.fullmatch(line, outcome.stderr), outcome.stderr
+    code, printed, _ = evaluate(folder, "--split", "val")
+    assert code == 1 and re.search(r"^FAIL .*member_0001\.pt .*damaged", printed, re.M), printed
+    outcome = train(watched, *arguments, "--resume", "stopped")
+    assert outcome.codes == [2]
+    assert re.fullmatch(r"error: [^\n]*member_0001\.pt [^\n]*damaged[^\n]*\n", outcome.stderr), outcome.stderr
     flip(damaged)
     outcome = train(watched, *arguments, "--resume", "stopped")
     assert outcome.codes == [0], outcome.stderr
     assert [m["checkpoint"] for m in result_of(folder)["members"]] == [f"member_000{m}.pt" for m in (1, 2, 3)]
 
-
-@pytest.mark.parametrize("name", ["adamw", "torch.optim:Adafactor"])
+@pytest.mark.parametrize("name", ["adamw", slow("torch.optim:Adafactor")])
 def test_optimizers_run_and_resume(watched, train, name):  # noqa: F811
     more = ["--optimizer", name, "--lr-scale", 1, "--lr-matrix", "0.01", "--weight-decay", "0.1"]
     if name != "adamw":
@@ -467,47 +461,36 @@ def test_optimizers_run_and_resume(watched, train, name):  # noqa: F811
     assert evals[-1] < evals[0] - 0.3  # it learns
 
 
-# ---- --eval --------------------------------------------------------------------------------------
+# ---- Scored again ------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("track", ["tiny", "two_hour", "unlimited", "unlimited_snapshots"])
-def test_eval_of_a_finished_run(run, project, train, track):  # noqa: F811
+@pytest.mark.parametrize("track", ["two_hour", "unlimited_snapshots", slow("tiny"), slow("unlimited")])
+def test_eval_of_a_finished_run(run, track):
     folder = run(track)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    outcome = train(project, "--eval", folder.name)
-    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
-    result, (totals, members) = result_of(folder), scores(outcome)
+    code, printed, errors = evaluate(folder)
+    assert (code, errors) == (0, "")
+    result, (totals, members) = result_of(folder), scores(printed)
     assert totals == {split: pytest.approx(result[f"{split}_loss"], abs=1.5e-6) for split in ("val", "audit")}
     stated = [member["val_loss"] for member in result["members"]]
-    assert members[:len(stated)] == pytest.approx(stated, abs=1.5e-6)
+    assert len(stated) == 1 or members[:len(stated)] == pytest.approx(stated, abs=1.5e-6)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
-
-def test_eval_of_a_run_that_ended_early(run, project, train):  # noqa: F811
+def test_eval_of_a_run_that_ended_early(run):
     folder = run("nano_unlimited", "--max-steps", 3)
     assert "stopped early by --max-steps" in result_of(folder)["violations"]
-    outcome = train(project, "--eval", folder.name, "--split", "val")
-    assert scores(outcome)[0] == {"val": pytest.approx(result_of(folder)["val_loss"], abs=1.5e-6)}
+    totals, _ = scores(evaluate(folder, "--split", "val")[1])
+    assert totals == {"val": pytest.approx(result_of(folder)["val_loss"], abs=1.5e-6)}
 
-
-def test_eval_of_a_file(run, project, train, tmp_path):  # noqa: F811
+def test_eval_of_a_file(run, project, tmp_path):  # noqa: F811
     folder, file = run("nano_unlimited"), tmp_path / "some tokens.bin"
     shutil.copy(project / "data/nano/audit.bin", file)
-    outcome = train(project, "--eval", folder.name, "--split", file)
-    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
+    code, printed, errors = evaluate(folder, "--split", file)
+    assert (code, errors) == (0, "")
     expected = mixture_loss(folder, cut(project / "data/nano", "audit"), predictor_of(folder))
-    said = re.search(r"some tokens\.bin loss (\S+) ", outcome.stdout)
-    assert float(said[1]) == pytest.approx(expected, abs=1.5e-6)
-
-
-@pytest.mark.parametrize("split", ["nowhere.bin", "README.md"])
-def test_eval_of_no_token_file(refused, run, tmp_path, split):  # noqa: F811
-    (tmp_path / "README.md").write_text("no tokens\n")
-    assert split in refused("--eval", run("tiny").name, "--split", tmp_path / split)
-
+    assert list(scores(printed)[0].values()) == pytest.approx([expected], abs=1.5e-6)
 
 def test_early_members_are_scored_as_they_were_trained(run, project):  # noqa: F811
-    """With the windows and replay of their epoch, not of the last one: result, evaluations and --eval agree
+    """With the windows and replay of their epoch, not of the last one: result, evaluations and eval agree
     (test_eval_of_a_finished_run), and they would not if the mode were another."""
     folder, sequences = run("two_hour", *LEARNS), cut(project / "data/short", "val")
     members = result_of(folder)["members"]
