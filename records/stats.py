@@ -5,8 +5,9 @@ Two noises blur the difference between two methods.
 * **Documents.** Another draw of validation text would give another difference. Tokens of one document share
   its difficulty, so documents, not tokens, are the unit: per-document sums of loss and numbers of tokens are
   all it takes. Both methods are scored on the same documents, which are compared one by one (paired).
-* **Seeds.** Another seed of the same method would give another loss, by s (standard deviation). It is pooled
-  over the track's entries that have several seeds.
+* **Seeds.** Another seed of the same method would give another loss, by s (standard deviation). It is
+  pooled over the track's baseline and what others have reproduced (verdict.py), for invented seeds agree as
+  they like.
 
 A new record must pass the gate, a one-sided test at 1 %:
 
@@ -33,25 +34,21 @@ SEED_FLOOR = 0.0017
 ENOUGH_DOF = 10         # five entries of three seeds; s is then known to about 22 %, and the floor goes
 TYPICAL_SE_DOC = 0.0004  # paired, 14,400 documents, methods about 0.01 nats apart
 
-
 class Split(NamedTuple):
     """One split as S seeds scored it: summed nats (S, D) and scored tokens (D,) of each of D documents."""
     loss: np.ndarray
     tokens: np.ndarray
 
 
-# ---- Documents -----------------------------------------------------------------------------------
-
+# ---- Documents ---------------------------------------------------------------------------------------------
 
 def mean_loss(split):
     """Nats per token, averaged over the seeds."""
     return split.loss.mean(0).sum() / split.tokens.sum()
 
-
 def influence(split):
     """(D,): what each document adds to the error of `mean_loss`, a ratio of two sums, to first order."""
     return (split.loss.mean(0) - mean_loss(split) * split.tokens) / split.tokens.sum()
-
 
 def clustered_se(influences):
     """Standard error from per-document influences: sqrt(D/(D-1) · sum of squares), the ratio estimator's
@@ -59,14 +56,12 @@ def clustered_se(influences):
     documents = len(influences)
     return math.sqrt(documents / (documents - 1) * np.square(influences).sum())
 
-
 def paired_gain(new, old):
     """How much lower the new loss is, and the document-clustered standard error of that difference.
 
     The two may count different tokens of a document (another sequence length), but of the same documents."""
     assert new.tokens.shape == old.tokens.shape, "scored on different documents"
     return mean_loss(old) - mean_loss(new), clustered_se(influence(old) - influence(new))
-
 
 def bootstrap_gain(new, old, resamples=10_000, seed=0):
     """(resamples,): the gain on validation sets made by drawing documents with replacement (Efron)."""
@@ -84,7 +79,6 @@ def bootstrap_gain(new, old, resamples=10_000, seed=0):
     new_loss, new_tokens, old_loss, old_tokens = sums.T
     return old_loss / old_tokens - new_loss / new_tokens
 
-
 def overfit_gap(val_new, val_old, audit_new, audit_old):
     """(gap, se): the gain on val in excess of the gain on audit, which nothing was ever chosen on.
 
@@ -94,34 +88,34 @@ def overfit_gap(val_new, val_old, audit_new, audit_old):
     return val_gain - audit_gain, math.hypot(val_se, audit_se)
 
 
-# ---- Seeds and the gate --------------------------------------------------------------------------
+# ---- Seeds and the gate ------------------------------------------------------------------------------------
 
+def pooled(groups):
+    """(s, degrees of freedom): standard deviation over seeds, pooled over methods; 0.0 where each has but
+    one.
+
+    `groups`: the losses of each method, one per seed."""
+    dof = sum(len(group) - 1 for group in groups)
+    return math.sqrt(sum(np.var(group) * len(group) for group in groups) / dof) if dof else 0.0, dof
 
 def seed_noise(groups):
-    """(s, degrees of freedom): standard deviation over seeds, pooled over methods.
-
-    `groups`: the losses of each method, one per seed. At least SEED_FLOOR until ENOUGH_DOF."""
-    dof = sum(len(group) - 1 for group in groups)
-    s = math.sqrt(sum(np.var(group) * len(group) for group in groups) / dof) if dof else 0.0
+    """`pooled`, but at least SEED_FLOOR until there are ENOUGH_DOF."""
+    s, dof = pooled(groups)
     return (s if dof >= ENOUGH_DOF else max(s, SEED_FLOOR)), dof
-
 
 def total_se(se_doc, s, n_new, n_old):
     """Standard error of a gain: documents and seeds together."""
     return math.sqrt(se_doc**2 + s**2 * (1 / n_new + 1 / n_old))
 
-
 def gate(gain, se_doc, s, n_new, n_old):
     """z of the gate; a record needs at least GATE."""
     return gain / total_se(se_doc, s, n_new, n_old)
-
 
 def more_seeds(gain, se_doc, s, n_new, n_old):
     """How many further seeds of the new method would pass the gate if the gain stayed as it is; None: no
     number would, the gain being too small for the documents or for the few seeds of the old method."""
     room = (gain / GATE)**2 - se_doc**2 - s**2 / n_old if gain > 0 else 0.0
     return max(0, math.ceil(s**2 / room - 1e-9) - n_new) if room > 0 else None
-
 
 def seeds_for(gain, se_doc=TYPICAL_SE_DOC, s=SEED_FLOOR, power=0.8):
     """Fewest seeds of each of the two methods with which a true gain passes the gate with probability
@@ -130,15 +124,13 @@ def seeds_for(gain, se_doc=TYPICAL_SE_DOC, s=SEED_FLOOR, power=0.8):
     return max(1, math.ceil(2 * s**2 / room - 1e-9)) if room > 0 else None
 
 
-# ---- Does a small track predict a large one? -----------------------------------------------------
-
+# ---- Does a small track predict a large one? ---------------------------------------------------------------
 
 def ranks(values):
     """(..., n): the place of each value among the n, from 1; equal ones share the mean of their places."""
     values = np.asarray(values)
     other, own = values[..., None, :], values[..., None]
     return (other < own).sum(-1) + ((other == own).sum(-1) + 1) / 2
-
 
 def rank_correlation(known, gains, errors, resamples=10_000, seed=0):
     """(rho, low, high, p): Spearman's rank correlation of `known` and `gains`, (n,) each; the 95 % interval
@@ -154,8 +146,7 @@ def rank_correlation(known, gains, errors, resamples=10_000, seed=0):
     return found, low, high, (shuffled >= found - 1e-9).mean()
 
 
-# ---- Data efficiency -----------------------------------------------------------------------------
-
+# ---- Data efficiency ---------------------------------------------------------------------------------------
 
 def efficiency(loss, baseline):
     """How many times the data the reference model would need for this loss.
