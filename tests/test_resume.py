@@ -255,7 +255,7 @@ def test_kills_at_random_moments(project, tmp_path):  # noqa: F811
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
     rng, tried, runs = np.random.default_rng(0), 0, 0
-    new = [*RUN, *STUDENTS, "--epochs", "4", "--run-name"]
+    new = [*RUN, *STUDENTS, "--meta-sequences", "4", "--epochs", "4", "--run-name"]
     with open(tmp_path / "errors", "w") as errors:
         assert start(*new, "unbroken").wait() == 0
         while tried < KILLS:
