@@ -1289,7 +1289,7 @@ class Training:
         variants = {(s.mode(step), len(s.ahead(step)), s.c.distill > 0)
                     for s in (self.schedules[member] for member in self.own) for step in range(s.end)}
         began = time.perf_counter()
-        self.run.log(f"       preparing {len(variants)} variants of a step")
+        self.run.log(f"       preparing {len(variants)} variant(s) of a step")
         for mode, ahead, taught in sorted(variants):
             lesson = self.teacher.teach(sequences, mode) if taught else None
             self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
