@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import logbook
@@ -92,6 +93,15 @@ class Dataset:
         starts, train = self.documents("train"), self.splits["train"]
         border = starts[np.searchsorted(starts, tokens)] if tokens < starts[-1] else starts[-1]
         self.splits |= {"fitness": train[:border], "train": train[border:]}
+
+    def shorten(self, tokens):
+        """Keeps the first so many tokens of val and audit, for a quick look."""
+        self.splits |= {split: self.splits[split][:tokens] for split in ("val", "audit")}
+
+    def changed(self):
+        """The splits that no longer have the digests with which the run began."""
+        tokens = lambda split: np.memmap(self.folder / f"{split}.bin", dtype="<u2", mode="r", offset=1024)
+        return [split for split, sha256 in self.digests.items() if digest(tokens(split)) != sha256]
 
     def sequences(self, split, T):
         """The split in file order, (sequences, T+1) uint16; the tail that fills no sequence is left out."""
@@ -169,16 +179,24 @@ class Clock:
         if stopped:
             self.start()
 
-def violations(track, result, edited, stopped_early):
+# Attention is stated by the keys that its windows show. A CPU computes whole blocks of keys, which adds 4 or
+# 5% to a step of nano.
+EXCESS = 1.1
+
+def violations(track, result, edited, changed, stopped_early):
     """Why a result can be no record: one sentence each."""
     row = rules(track)
     return [reason for reason, broken in {
         **{f"{field} {result[field]:.4g} is over the track's cap of {cap:.4g}": result[field] > cap
            for field, cap in row["cap"].items()},
         "stopped early by --max-steps": stopped_early,
+        "scored on the first --val-tokens only": "val_tokens" in result["data"],
         f"trained on {result['data']['name']}, not on the track's {row['dataset']}":
             result["data"]["name"] != row["dataset"],
         "a source was edited while it ran": edited,
+        f"tokens were edited while it ran: {', '.join(changed)}": changed,
+        f"its products take {result['executed_flops']:.4g} FLOPs, over {EXCESS} of what it states":
+            result["executed_flops"] > EXCESS * result["training_flops"],
     }.items() if broken]
 
 
@@ -282,12 +300,15 @@ class Run:
         self.data = data = Dataset(args.data or ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")
         if c.fitness_tokens:
             data.set_aside(c.fitness_tokens)
+        look = before["data"].get("val_tokens") if before else args.val_tokens
+        if look:
+            data.shorten(look)
         if min(map(len, data.splits.values())) <= c.seq_len:
             fail(f"{data.folder} has a split that is shorter than a sequence; lower --seq-len {c.seq_len}")
         identity = json.loads(json.dumps({
             "track": args.track, "seed": args.seed, "config": dataclasses.asdict(c),
             "dtype": str(self.dtype)[6:], "teams": self.team.teams,
-            "data": {"name": data.name, **data.digests},
+            "data": {"name": data.name, **data.digests, **({"val_tokens": look} if look else {})},
             "sources": {file: sha256(text) for file, text in self.sources.items()}}))
         self.folder, self.record = on_main(world, logbook.open_folder, args, folder, before, identity)
         self.machine = {"device": self.device.type, "name": name, "count": world.size,
@@ -300,7 +321,7 @@ class Run:
         if ":" in c.optimizer:
             self.log(f"optimizer {c.optimizer} of {version}")
         logbook.LEADS_TEAM = self.team.rank == 0
-        self.pulsed = -math.inf
+        self.pulsed, self.executed = -math.inf, 0.0
         self.seen = [deque(maxlen=11) for _ in range(self.team.teams)]  # what pulse() saw of the other teams
 
     def log_environment(self, machine):
@@ -313,6 +334,21 @@ class Run:
                  f"config {json.dumps(dataclasses.asdict(c))}", console=False)
         if shutil.which("nvidia-smi"):
             self.log(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout, console=False)
+
+    def warm_up(self, variants, throw_away, stated):
+        """
+        Calls throw_away(batch, *variant) for each variant of a step: for one sequence to count what torch
+        executes, beside the FLOPs `stated` for the variant's first part, then to compile what the run needs.
+        """
+        self.log(f"       preparing {len(variants)} variant(s) of a step")
+        began = time.perf_counter()
+        for variant in variants:
+            with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+                throw_away(1, *variant)
+            self.executed = max(self.executed, counter.get_total_flops() / stated[variant[0]])
+            throw_away(self.args.device_batch, *variant)
+        self.log(f"       prepared in {time.perf_counter() - began:.0f} s; matrix products take "
+                 f"{self.executed:.3f} of the FLOPs stated")
 
     def restore(self, optimizer):
         """Goes on from the newest state, if there is one: parameters, optimizer, progress, metrics, clock."""
@@ -331,15 +367,22 @@ class Run:
     def wall_seconds(self):
         return self.wall_before + time.monotonic() - self.started
 
+    def progress_bar(self, **what):
+        """For the first rank's terminal."""
+        shown = self.log.main and self.team.index == 0 and sys.stdout.isatty()
+        return tqdm(file=sys.stdout, dynamic_ncols=True, disable=not shown, **what)
+
     def likelihoods(self, split, target_logprobs):
         """log_likelihoods of the split by target_logprobs, (B, T+1) -> (B, T)."""
         def scorer(part):
             self.pulse()
+            bar.update()
             return target_logprobs(part)
 
-        with self.clock.paused():
-            return log_likelihoods(scorer, self.data.sequences(split, self.c.seq_len), self.args.device_batch,
-                                   self.team, self.device)
+        sequences, batch = self.data.sequences(split, self.c.seq_len), self.args.device_batch
+        calls = -(-len(sequences) // (batch * self.team.size))
+        with self.clock.paused(), self.progress_bar(total=calls, desc=f"scoring {split}", leave=False) as bar:
+            return log_likelihoods(scorer, sequences, batch, self.team, self.device)
 
     def evaluate(self, member, step, epoch, target_logprobs):
         """-> (the Score on val, the log-probabilities that it comes from)."""
@@ -350,6 +393,11 @@ class Run:
             self.log.metric("eval", member=member, step=step, epoch=epoch, split="val", loss=result.loss,
                             bpb=result.bpb)
         return result, logp
+
+    def look(self, member, step, epoch, target_logprobs):
+        """An evaluation between two epochs, as --eval-every asks for it."""
+        result, _ = self.evaluate(member, step, epoch, target_logprobs)
+        self.log(f"look   {epoch:3d}/{self.c.epochs}  step {step:5d}  val {result.loss:.4f}")
 
     def check_finite(self, what, value, step):
         if not math.isfinite(value):
@@ -370,8 +418,7 @@ class Run:
     def begin_steps(self, member, first, steps):
         """The clock runs from here to end_steps, but for what the harness does; a bar shows how far it is."""
         self.member, self.first, self.steps = member, first, steps
-        self.bar = tqdm(initial=first, total=steps, unit="step", file=sys.stdout, dynamic_ncols=True,
-                        disable=not (self.log.main and self.team.index == 0 and sys.stdout.isatty()))
+        self.bar = self.progress_bar(initial=first, total=steps, unit="step")
         self.seconds_before, self.said = self.clock.seconds(), time.monotonic()
         self.clock.start()
 
@@ -469,6 +516,7 @@ class Run:
         r = {"track": self.args.track, "seed": self.args.seed, "config": self.record["config"], **totals,
              "members": [{"checkpoint": m.checkpoint, "weight": m.weight, "val_loss": m.val_loss}
                          for m in members], **facts, "steps": sum(row["kind"] == "step" for row in rows),
+             "executed_flops": self.executed * facts["training_flops"],
              "train_seconds": self.clock.seconds(), "wall_seconds": self.wall_seconds(),
              "gpu_seconds": self.clock.seconds(per_rank=True), "segments": self.clock.segments,
              "machine": self.machine, "data": self.record["data"],
@@ -476,7 +524,8 @@ class Run:
              "logbook_sha256": sha256(logbook.SOURCE),
              "val_evaluations": 1 + sum(row["kind"] in ("eval", "ensemble") for row in rows),
              "date": f"{datetime.now():%Y-%m-%d}"}
-        r["violations"] = violations(self.args.track, r, self.record["edited"], stopped_early)
+        edited, changed = self.record["edited"], self.data.changed()
+        r["violations"] = violations(self.args.track, r, edited, changed, stopped_early)
         r["complete"] = True
         log.metric("final", step=self.progress["step"], **totals)
         log.plot(final=r["val_loss"])
@@ -497,3 +546,13 @@ class Run:
             *(("no record", reason) for reason in r["violations"]),
             ("run", f"runs/{self.folder.name}/  (loss.svg, result.json, log.txt)"),
         ]))
+        self.speak()
+
+    def speak(self):
+        """Two lines in the predictor's own words, where its tokens are words. They can't cost a run."""
+        if self.data.vocab_size > 256:
+            try:
+                from sample import continuations, load
+                self.log("\n" + "\n".join(continuations(*load(self.folder, self.device.type))))
+            except Exception as error:
+                self.log(f"no words of the predictor: {error}")

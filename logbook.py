@@ -182,7 +182,8 @@ def rules(track):
 def comments(Config):
     """{field: (group, permitted values, help)} from the comments of Config, where they stand once."""
     found, group = {}, ""
-    for line in inspect.getsource(Config).splitlines():
+    module = Path(inspect.getfile(Config)).read_text()  # inspect.getsource would parse all of it, twice
+    for line in re.search(rf"^class {Config.__name__}:.*?^(?=\S)", module, re.M | re.S)[0].splitlines():
         if title := re.fullmatch(r"    # (.*)", line):
             group = title[1]
         if field := re.match(r"    (\w+): \w+ = .*?# (?:(\[[^\]]*\]|\{[^}]*\}|\([^)]*\)) )?(.*)$", line):
@@ -236,6 +237,8 @@ def make_parser(Config, TRACKS, argv=None):
     add("--run-name", help="the folder under runs/ (default: track, date, time and seed)")
     add("--resume", nargs="?", const="newest", metavar="RUN", help="go on with a run (default: the newest)")
     add("--max-steps", type=int, metavar="N", help="stop each member early; the run is no record")
+    add("--val-tokens", type=int, metavar="N", help="score the first N of val and audit only; no record")
+    add("--eval-every", type=int, metavar="N", help="score val every N steps, not only after each epoch")
     add("--device-batch", type=int, metavar="B", help="sequences per rank and micro-step (fits 80 GB)")
     add("--checkpointing", action=switch, default=False, help="compute blocks twice, to save memory")
     add("--data", metavar="DIR", help="the dataset's folder (default: data/ and the name of the dataset)")
@@ -266,8 +269,8 @@ def parse_args(Config, TRACKS, argv=None, parser=None):
     """-> the command line; `given`: the fields that --config and flags set, `fields`: all of a new run."""
     argv = sys.argv[1:] if argv is None else argv
     args = (parser or make_parser(Config, TRACKS, argv)).parse_args(argv)
-    for name, low in {"seed": 0, "device_batch": 1, "ranks_per_member": 1, "max_steps": 1, "save_every": 0,
-                      "timeout": 0}.items():
+    for name, low in {"seed": 0, "device_batch": 1, "ranks_per_member": 1, "max_steps": 1, "val_tokens": 1,
+                      "eval_every": 1, "save_every": 0, "timeout": 0}.items():
         if (value := getattr(args, name)) is not None and not low <= value < 2 ** 31:
             fail(f"--{name.replace('_', '-')} {value} is out of range: {low} or more, below 2^31")
     if args.run_name and not re.fullmatch(r"[\w.+=-]{1,100}", args.run_name):

@@ -29,7 +29,6 @@ import json
 import math
 import re
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -1122,9 +1121,8 @@ class Schedule:
 
     def training_flops(self, vocab_size):
         """The counted operations of the run."""
-        modes = [self.mode(step) for step in range(self.end)]
-        per_token = {mode: flops_per_token(self.c, vocab_size, mode) for mode in set(modes)}
-        return self.c.batch_tokens * sum(per_token[mode] for mode in modes)
+        per_token = functools.cache(lambda mode: flops_per_token(self.c, vocab_size, mode))
+        return self.c.batch_tokens * sum(per_token(self.mode(step)) for step in range(self.end))
 
 
 # ---- Scoring and ensembles ---------------------------------------------------------------------------------
@@ -1282,21 +1280,22 @@ class Training:
                      f"{self.c.batch_tokens:,}, {self.flops(self.own):.3g} FLOPs")
 
     def warm_up(self):
-        """Compiles every variant of the model on throw-away data, so that training time holds none of it."""
-        c, batch, device = self.c, self.run.args.device_batch, self.run.device
-        sequences = torch.zeros(batch, c.seq_len + 1, dtype=torch.int64, device=device)
-        noise = Noise(*(part.to(device) for part in draw_noise(c, 0, range(batch), self.run.dtype)))
+        """Goes once through every variant of a step, so that training time holds no compilation."""
+        c, flops = self.c, functools.partial(flops_per_token, self.c, self.run.data.vocab_size)
         variants = {(s.mode(step), len(s.ahead(step)), s.c.distill > 0)
                     for s in (self.schedules[member] for member in self.own) for step in range(s.end)}
-        began = time.perf_counter()
-        self.run.log(f"       preparing {len(variants)} variant(s) of a step")
-        for mode, ahead, taught in sorted(variants):
-            lesson = self.teacher.teach(sequences, mode) if taught else None
-            self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
-            frozen(self.model).target_logprobs(sequences, mode)
-        for p in self.model.parameters():
-            p.grad.zero_()
-        self.run.log(f"       prepared in {time.perf_counter() - began:.0f} s")
+        stated = {mode: c.seq_len * (flops(mode) + flops(mode, training=False)) for mode, _, _ in variants}
+        self.run.warm_up(sorted(variants), self.throw_away, stated)
+        self.model.zero_grad(set_to_none=False)
+
+    def throw_away(self, batch, mode, ahead, taught):
+        """Trains on data without meaning, (batch, T+1), and scores it."""
+        c, device = self.c, self.run.device
+        sequences = torch.zeros(batch, c.seq_len + 1, dtype=torch.int64, device=device)
+        noise = Noise(*(part.to(device) for part in draw_noise(c, 0, range(batch), self.run.dtype)))
+        lesson = self.teacher.teach(sequences, mode) if taught else None
+        self.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
+        frozen(self.model).target_logprobs(sequences, mode)
 
     def begin(self, member):
         """Makes the weights that a member starts from: new ones, or the perturbed ones of the one before."""
@@ -1313,8 +1312,7 @@ class Training:
 
     def load_teacher(self, member):
         """The member before in the chain becomes the teacher; -> how it is run."""
-        record = self.folder / f"member_{member - self.run.team.teams:04d}.json"
-        before = read_member(record)
+        before = read_member(self.folder / f"member_{member - self.run.team.teams:04d}.json")
         check_digest(path := self.folder / before.checkpoint, before.sha256)
         load_weights(self.teacher, path)
         return before.mode
@@ -1449,6 +1447,8 @@ def train_member(t, member, start):
         if ends_epoch:
             speed = (step + 1 - first) * c.batch_tokens / (run.clock.seconds() - seconds)
             t.end_epoch(member, epoch, step + 1, speed)
+        elif (step + 1) % (run.args.eval_every or math.inf) == 0:
+            run.look(member, step + 1, epoch, t.scorer(mode))
         if pause:
             run.save_state()
         if stopping and not (step + 1 == steps and member == t.own[-1]):

@@ -28,6 +28,7 @@ from entry import (
     read_text,
     sha256,
 )
+from flops import check_flops
 from verdict import judge, rivals, watched
 
 RULED = ("record", "baseline")  # the kinds that the caps bind; others may take their time on other hardware
@@ -123,7 +124,8 @@ def check_run(entry, run):
     )
     evidence.check_metrics(entry.files[run["metrics"]], log, run, who)
     if "harness_sha256" in run:
-        need("segments" in run and "steps" in run, f"{who}: its result has no segments or no steps")
+        for field in ("segments", "steps", "executed_flops"):
+            need(field in run, f"{who}: its result has no {field}")
         evidence.check_segments(log, run, who)
 
 def check_unlike(entry):
@@ -294,6 +296,8 @@ def check_entry(entry):
             f"{', '.join(map(str, wanted))}, so that nobody picks them",
         )
         check_caps(entry)
+    if "harness_sha256" in first:
+        check_flops(entry)
     if entry.kind == "record":
         check_record(entry)
 

@@ -50,6 +50,7 @@ def need(condition, message):
 # {name: row}: what a track trains on, its cap, the seeds of a record; `board`: the leaderboard that it
 # enters.
 TRACKS = json.loads((RECORDS / "tracks.json").read_text())
+DATASETS = json.loads((ROOT / "data" / "tokens.json").read_text())
 BOARDS = {name: row for name, row in TRACKS.items() if row["board"] == name}
 
 

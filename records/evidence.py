@@ -10,9 +10,8 @@ import math
 import re
 from typing import NamedTuple
 
-from entry import SOURCES, TRACKS, Refused, need, parse_json, sources_of, unpack
+from entry import DATASETS, SOURCES, TRACKS, Refused, need, parse_json, sources_of, unpack
 
-VOCABULARY = {"nano": 4096, "fineweb100M": 50257}
 # Untrained weights know nothing: their loss is ln(vocabulary), plus half the variance of the logits. The 42
 # filed starts lie within 0.0004 of it; less by 0.01 needs knowledge, more by 1 logits of standard deviation
 # 1.4.
@@ -30,6 +29,7 @@ class Log(NamedTuple):
     epochs: list  # (epoch, step, val loss)
     table: dict  # label -> numbers, of the last table
     members: list  # (val loss, checkpoint, weight) of the last table
+    executed: list  # FLOPs that matrix products took, as shares of those stated, at every start
 
 TABLE = {
     "val": r"^val loss +([\d.]+) +\(([\d.]+) bits per byte\)$",
@@ -55,9 +55,10 @@ def read_log(raw, who):
         [parse_json(config, f"the config in {who}") for config in find(r"^config (\{.*\})$")],
         find(r"^start +val ([\d.]+) before training$"),
         find(r"^step +(\d+)/\d+ +train ([\d.]+) +([\d.]+) s\b"),
-        find(r"^epoch +(\d+)/\d+ +step +(\d+) +train [\d.]+ +val ([\d.]+)"),
+        find(r"^(?:epoch|look) +(\d+)/\d+ +step +(\d+) +(?:train [\d.]+ +)?val ([\d.]+)"),
         table,
         find(r"^  member +([\d.]+) +val loss of (\S+), weight ([\d.]+)$", end),
+        find(r"^ +prepared in \d+ s; matrix products take ([\d.]+) of the FLOPs stated$"),
     )
 
 def same(printed, exact):
@@ -71,11 +72,12 @@ def is_within(some, others, equal=lambda one, other: one == other):
     return next((one for one in some if not any(equal(one, other) for other in rest)), None)
 
 def check_start(loss, dataset, who):
-    expected = math.log(VOCABULARY[dataset])
+    vocab_size = DATASETS[dataset]["vocab_size"]
+    expected = math.log(vocab_size)
     need(
         expected - START_BELOW <= loss <= expected + START_ABOVE,
         f"{who} starts at loss {loss:.4f}; untrained weights know nothing, which costs "
-        f"ln {VOCABULARY[dataset]} = {expected:.4f}, at least {expected - START_BELOW:.4f}, "
+        f"ln {vocab_size} = {expected:.4f}, at least {expected - START_BELOW:.4f}, "
         f"at most {expected + START_ABOVE:.4f}",
     )
 
@@ -131,6 +133,9 @@ def check_log(log, run, who):
         f"{flops:.4g}",
         f"{run['training_flops']:.4g}",
     )
+    if "executed_flops" in run:
+        share = run["executed_flops"] / run["training_flops"]
+        agree(log.executed and same(log.executed[-1], share), "executed_flops", log.executed, f"{share:.3f}")
     agree(tokens == run["tokens_seen"], "tokens_seen", f"{tokens:.0f}", run["tokens_seen"])
     agree(parameters == run["parameters"], "parameters", f"{parameters:.0f}", run["parameters"])
     members = [(m["checkpoint"], m["weight"], m["val_loss"]) for m in run["members"]]
@@ -152,10 +157,14 @@ def check_log(log, run, who):
         f"{who}: steps are missing in {run['log']}",
     )
 
+def rows_of(packed, what):
+    """The rows of a run's metrics.jsonl, packed."""
+    return [parse_json(line, what) for line in unpack(packed, what).splitlines()]
+
 def check_metrics(packed, log, run, who):
     """metrics.jsonl, packed, agrees with the Log and with the result."""
     what = f"{who}: {run['metrics']}"
-    rows = [parse_json(line, what) for line in unpack(packed, what).splitlines()]
+    rows = rows_of(packed, what)
     try:
         compare_metrics(rows, log, run, who)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

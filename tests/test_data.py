@@ -252,6 +252,7 @@ def test_nano_without_its_packages(tmp_path, monkeypatch):
 
 # ---- Bad input ---------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_disk_full(tmp_path):
     """The system refuses to let a file grow, as a full disk does: one line, and nothing is left."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))  # noqa: E731

@@ -152,6 +152,7 @@ def test_build_is_exact(start, tmp_path, expected):
     verdict = subprocess.run([sys.executable, ROOT / "data/prepare.py", "verify", tmp_path / "data"])
     assert verdict.returncode == 0
 
+@pytest.mark.slow
 def test_order_is_that_of_datasets(hub, root, tmp_path):
     """The real `load_dataset(streaming=True)` yields the same documents in the same order as stream()."""
     script = f"""

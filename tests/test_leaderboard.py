@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_run import link_venv, run_sh
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [path.stem for path in (ROOT / "records").glob("*.py")]
@@ -31,6 +32,21 @@ CPU = {"device": "cpu", "name": "a CPU", "count": 1, "torch": "2.13.0"}
 H100S = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "count": 8, "torch": "2.13.0"}
 FINEWEB = DATA | {"name": "fineweb100M"}
 START = math.log(4096)  # the loss of weights that know nothing
+FLOPS = 1.9e14
+SOURCE = b"""FLOPS = %r
+
+class Config:
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+class Schedule:
+    def training_flops(self, vocab_size):
+        return FLOPS
+
+def member_schedule(c, tokens, team, member, max_steps=None):
+    return Schedule()
+"""
+SOURCE, DEARER = SOURCE % FLOPS, SOURCE % (1.1 * FLOPS)
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
@@ -44,6 +60,8 @@ class Repository:
         for file in (ROOT / "records").iterdir():
             if file.suffix in (".py", ".json"):
                 shutil.copy(file, self.records)
+        (root / "data").mkdir()
+        shutil.copy(ROOT / "data/tokens.json", root / "data")
         (self.records / "before_harness.sha256").write_text("")
         (self.records / "harness.sha256").write_text(
             "# merged\n" + "".join(f"{sha256(text)}  2026-11-28\n" for text in (HARNESS, LOGBOOK))
@@ -81,7 +99,7 @@ class Repository:
         name,
         seed=42,
         level=0.0,
-        source=b"print('slow')\n",
+        source=SOURCE,
         track="nano",
         seed_sd=0.001,
         audit_level=None,
@@ -114,7 +132,8 @@ class Repository:
             "parameters": 1_000_000,
             "tokens_seen": STEPS * 640,
             "steps": STEPS,
-            "training_flops": 1.9e14,
+            "training_flops": FLOPS,
+            "executed_flops": 1.05 * fields.get("training_flops", FLOPS),
             "train_seconds": seconds,
             "wall_seconds": seconds + 20,
             "gpu_seconds": seconds * machine["count"],
@@ -135,6 +154,7 @@ class Repository:
         text = f"slowrun {track}, seed {seed}: {machine['count']} x {machine['name']}, "
         text += f"float32 (no bfloat16 units), torch {machine['torch']}\npython 3.11\n"
         text += f"config {json.dumps(config)}\nplan   …\n"
+        text += "       prepared in 9 s; matrix products take 1.050 of the FLOPs stated\n"
         text += f"start  val {start:.4f} before training\n"
         for step, loss in enumerate(train):
             at = seconds * (step + 1) / STEPS
@@ -180,7 +200,7 @@ class Repository:
             if body
         )
         if not harness:
-            for key in ("harness_sha256", "logbook_sha256", "segments", "steps"):
+            for key in ("harness_sha256", "logbook_sha256", "segments", "steps", "executed_flops"):
                 del result[key]
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "run.json").write_text(
@@ -262,10 +282,11 @@ def filled(tmp_path_factory):
     """A baseline, a record on it, somebody's reproduction of that, a negative result."""
     repo = Repository(tmp_path_factory.mktemp("filled") / "repo")
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
-    repo.add(repo.runs("better", level=-0.02, source=b"better\n"), "better")
-    again = repo.runs("again", first=52, level=-0.02, source=b"better\n", train_seconds=9e6)
+    repo.add(repo.runs("better", level=-0.02, source=SOURCE + b"# better\n"), "better")
+    again = repo.runs("again", first=52, level=-0.02, source=SOURCE + b"# better\n", train_seconds=9e6)
     repo.add(again, "again", "--kind", "reproduction", "--of", 2, by=["hopper"])
-    repo.add(repo.runs("worse", seeds=1, level=0.01, source=b"worse\n"), "worse", "--kind", "negative")
+    worse = repo.runs("worse", seeds=1, level=0.01, source=SOURCE + b"# worse\n")
+    repo.add(worse, "worse", "--kind", "negative")
     return repo
 
 @pytest.fixture
@@ -312,7 +333,7 @@ def test_entries_hold_what_they_should(filled):
 
 def test_changes_stand_beside_the_entry_and_are_printed_in_short(filled, repo):
     text = (filled.records / "nano/02_better/changes.diff").read_text()
-    assert "-print('slow')" in text and "+better" in text and "# nano/2 against nano/1" in text
+    assert "+# better" in text and "# nano/2 against nano/1" in text
     assert not (filled.records / "nano/01_start/changes.diff").exists()
     assert "[changes.diff](changes.diff)" in (filled.records / "nano/02_better/README.md").read_text()
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
@@ -321,7 +342,7 @@ def test_changes_stand_beside_the_entry_and_are_printed_in_short(filled, repo):
 
 def test_add_prints_the_verdict_and_puts_seeds_in_order(repo):
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
-    text = repo.add(repo.runs("better", level=-0.02, source=b"better\n")[::-1], "better")
+    text = repo.add(repo.runs("better", level=-0.02, source=SOURCE + b"# better\n")[::-1], "better")
     gain, half, z = map(
         float, re.search(r"gain ([+-]\S+) ± (\S+) against #1, z = (\S+): passes", text).groups()
     )
@@ -335,7 +356,7 @@ def test_add_prints_the_verdict_and_puts_seeds_in_order(repo):
 
 def test_a_gain_within_the_noise_is_refused_and_says_how_many_seeds_would_decide(repo):
     repo.add(repo.runs("base", seed_sd=0.0), "start", "--kind", "baseline")
-    tie = repo.runs("tie", level=-0.003, source=b"tie\n", seed_sd=0.0)
+    tie = repo.runs("tie", level=-0.003, source=SOURCE + b"# tie\n", seed_sd=0.0)
     message = repo.add(tie, "tie", ok=False)
     assert "below 2.33" in message and re.search(
         r"about \d+ more seeds would pass|no number of seeds", message
@@ -368,7 +389,7 @@ def remove(file):
         ),
         (
             {},
-            lambda folder: edit_log(folder, lambda log: log.replace(b"slow", b"slaw")),
+            lambda folder: edit_log(folder, lambda log: log.replace(b"Schedule", b"schedule")),
             "not the one whose digest",
         ),
         ({}, lambda folder: (folder / "log.txt").write_text("step 1\n"), "doesn't begin with the source"),
@@ -516,12 +537,43 @@ def test_a_start_that_untrained_weights_cannot_have(repo, start, message):
     assert (message or "filed") in said
 
 def test_a_lost_part_of_the_result(repo):
-    for key in ("segments", "steps"):
+    for key in ("segments", "steps", "executed_flops"):
         run = repo.run(key)
         result = json.loads((run / "result.json").read_text())
         del result[key]
         (run / "result.json").write_text(json.dumps(result))
-        assert "no segments or no steps" in repo.add([run], "lost", "--kind", "baseline", ok=False)
+        assert f"its result has no {key}" in repo.add([run], "lost", "--kind", "baseline", ok=False)
+
+@pytest.mark.parametrize("source, message", [
+    (DEARER, "states 1.9e+14 training FLOPs, its source counts 2.09e+14"),
+    (SOURCE.replace(b"return FLOPS", b"return []"), "its source does not count its FLOPs: TypeError"),
+    (SOURCE.replace(b"return FLOPS", b"print('nan')"), "its source does not count its FLOPs: TypeError"),
+    (b"import socket; socket.create_connection(('127.0.0.1', 1))\n" + SOURCE, "does not count its FLOPs"),
+])
+def test_flops_are_counted_again_by_the_source(repo, source, message):
+    run = repo.run("dear", source=source)
+    assert message in repo.add([run], "dear", "--kind", "baseline", ok=False)
+
+def test_executed_flops_are_those_of_the_log(repo):
+    run = repo.run("dear", executed_flops=0.5 * FLOPS)
+    assert "executed_flops is ['1.050']" in repo.add([run], "dear", "--kind", "baseline", ok=False)
+
+@pytest.mark.slow
+def test_a_real_run_is_filed_and_checked(tmp_path):
+    """Trained, filed, checked and rendered by the commands that README names, in a clone."""
+    skipped = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
+    clone = shutil.copytree(ROOT, tmp_path / "a clone", ignore=skipped)
+    link_venv(clone)
+    flags = "--n-layer 2 --n-head 1 --n-embd 32 --replay 1-1 --epochs 1 --max-steps 4 --no-compile"
+    number = len(list((clone / "records/nano").glob("*/record.json"))) + 1
+    filing = "--kind negative --slug short --title four-steps --contributors ada"
+    for command in (f"nano {flags} --run-name short", f"add short {filing}", "check", "render",
+                    "render --check"):
+        outcome = run_sh(clone, *command.split())
+        assert outcome.codes == [0], (command, outcome.stderr)
+        for readme in clone.glob("records/nano/*_short/README.md"):
+            readme.write_text(readme.read_text().replace("(fill in)", "It is a test of the commands."))
+    assert f"{number:02d}_short" in (clone / "records/README.md").read_text()
 
 def test_one_run_is_not_three_seeds(repo):
     """The same run under other seeds: as it is, with its log edited, and with its losses shaken."""
@@ -596,7 +648,7 @@ def test_check_says_the_line_that_accepts_the_tree_s_own_harness(copy):
 
 def test_a_gain_that_audit_does_not_show_is_no_record(repo):
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
-    peeked = repo.runs("peeked", level=-0.03, audit_level=-0.01, source=b"peeked\n")
+    peeked = repo.runs("peeked", level=-0.03, audit_level=-0.01, source=SOURCE + b"# peeked\n")
     assert "more than audit" in repo.add(peeked, "peeked", ok=False)
     repo.add(peeked, "peeked", "--kind", "negative")
 
@@ -608,13 +660,13 @@ def test_invented_seeds_do_not_shrink_the_noise(repo):
         return re.search(r"noise: (\S+) a seed \(dof (\d+)\)", repo("power", 0.01)).groups()
 
     honest = noise()
-    many = repo.runs("many", seeds=30, level=0.01, source=b"many\n", seed_sd=1e-6)
+    many = repo.runs("many", seeds=30, level=0.01, source=SOURCE + b"# many\n", seed_sd=1e-6)
     repo.add(many, "many", "--kind", "negative", by=["mallory"])
     assert noise() == honest and honest[1] == "2"
-    own = repo.runs("own", first=90, level=0.01, source=b"many\n", seed_sd=1e-6)
+    own = repo.runs("own", first=90, level=0.01, source=SOURCE + b"# many\n", seed_sd=1e-6)
     repo.add(own, "own", "--kind", "reproduction", "--of", 2, by=["eve", "mallory"])
     assert noise() == honest
-    other = repo.runs("other", first=95, level=0.01, source=b"many\n", seed_sd=1e-6)
+    other = repo.runs("other", first=95, level=0.01, source=SOURCE + b"# many\n", seed_sd=1e-6)
     repo.add(other, "other", "--kind", "reproduction", "--of", 2, by=["hopper"])
     assert noise()[1] == str(2 + 29 + 3)  # one method in two entries
 
@@ -927,7 +979,7 @@ def test_check_refuses_a_record_that_is_none(copy):
     assert "1 seed, a nano record needs 3" in copy("check", ok=False)
     copy.edit(copy.records / "nano/04_worse/record.json", lambda record: record.update(kind="negative"))
     tie = [copy.root / f"runs/tie{seed}" for seed in (42, 43, 44)]
-    copy.runs("tie", level=-0.02, source=b"tie\n")
+    copy.runs("tie", level=-0.02, source=SOURCE + b"# tie\n")
     copy.add(tie, "tie", "--kind", "negative")
     copy.edit(copy.records / "nano/05_tie/record.json", lambda record: record.update(kind="record"))
     copy.write_readmes()
@@ -1013,10 +1065,10 @@ def test_steps_of_the_published_history_stand_beside_their_gains_here(repo):
 
 def test_a_baseline_that_comes_after_a_record_only_stands_beside_the_table(repo):
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
-    repo.add(repo.runs("better", level=-0.02, source=b"better\n"), "better")
+    repo.add(repo.runs("better", level=-0.02, source=SOURCE + b"# better\n"), "better")
     repo("render")
     before = generated(repo)
-    repo.add(repo.runs("large", level=0.3, source=b"large\n"), "large", "--kind", "baseline")
+    repo.add(repo.runs("large", level=0.3, source=SOURCE + b"# large\n"), "large", "--kind", "baseline")
     repo("render")
     after = generated(repo)
     page = repo.records / "README.md"
@@ -1028,7 +1080,7 @@ def test_a_baseline_that_comes_after_a_record_only_stands_beside_the_table(repo)
         "- #3, baseline",
         "Overfitting watch",
     ]  # more looks
-    assert "against #2" in repo.add(repo.runs("best", level=-0.04, source=b"best\n"), "best")
+    assert "against #2" in repo.add(repo.runs("best", level=-0.04, source=SOURCE + b"# best\n"), "best")
 
 def test_render_wants_its_markers(repo):
     (repo.root / "README.md").write_text("# no markers\n")
@@ -1049,7 +1101,7 @@ def test_compare_takes_entries_runs_and_sets_of_runs(filled, tmp_path):
     probabilities = [float(found) for found in re.findall(r"probability (\d\.\d+)", by_entry)]
     assert len(probabilities) == 4 and min(probabilities) > 0.99
     assert (
-        "train_gpt.py: +1 -1 lines" in by_entry
+        "train_gpt.py: +1 -0 lines" in by_entry
         and len(re.findall(r"^ +\d+: .* a token", by_entry, re.M)) == 10
     )
     back = filled("compare", "runs/base42", filled.root / "runs/better42", "--documents", 1)
@@ -1079,7 +1131,7 @@ def test_compare_takes_smoke_and_refuses_what_cannot_be_compared(repo):
 def test_diff_of_any_two(filled, repo):
     text = filled("diff", "nano/2")
     assert text == (filled.records / "nano/02_better/changes.diff").read_text()
-    assert "-better" in filled("diff", "base42", "better42")
+    assert "-# better" in filled("diff", "base42", "better42")
     assert "has nothing before it" in filled("diff", "nano/1", ok=False)
 
 def test_runs_lists_what_is_there(repo):

@@ -218,6 +218,7 @@ def test_a_run_is_the_same_on_one_two_and_four_ranks(run):
     np.testing.assert_allclose(four, one, rtol=5e-6)
     assert np.abs(np.subtract(plain, one)).max() > 1e-3  # the lengths are large enough to see a difference
 
+@pytest.mark.slow
 def test_norm_0_is_a_run_without_episodes(run, project, tmp_path):  # noqa: F811
     source = SOURCE.replace("            episodes.after(n, len(batch), schedule.meta_norm(step))\n", "")
     assert source != SOURCE

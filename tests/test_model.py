@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import exact, normal
+from conftest import exact, normal, slow, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -146,7 +146,12 @@ TECHNIQUES = [
     (EVERYTHING | dict(mlp="relu2", values="table", xsa="fixed", mtp="head"), (1.0, 0.5, 0.25)),
 ]
 
-@pytest.mark.parametrize(("changes", "ahead"), TECHNIQUES, ids=str)
+# What a single technique breaks, breaks all of them together, too: these always run.
+COMBINED = [*TECHNIQUES[:2], *TECHNIQUES[-3:]]
+
+SINGLE = itertools.starmap(slow, TECHNIQUES[2:-3])
+
+@pytest.mark.parametrize(("changes", "ahead"), [*COMBINED, *SINGLE], ids=str)
 @exact()
 def test_logits_loss_and_gradients_are_the_references(changes, ahead):
     model, sequences = make_model(**changes), make_tokens(3, T + 1)
@@ -730,13 +735,15 @@ def on_meta(c, B=1, dtype=torch.float32):
 TOY = dict(n_layer=4, n_head=4, n_embd=256, seq_len=256, batch_tokens=256, replay="2-2")
 COUNTED = [
     ("nano", {}, 4096),
-    ("smoke", {}, 4096),
-    ("limited", dict(n_layer=8, replay="4-5"), 50257),
-    ("tiny", {}, 50257),
-    ("two_hour", TOY, 4096),
-    ("limited", TOY | dict(mlp="relu2", values="table", mtp="none", passes=2), 4096),
-    ("nano_unlimited", {}, 4096),
-    ("nano_unlimited", TOY | STAGES, 512),
+    *itertools.starmap(slow, [
+        ("smoke", {}, 4096),
+        ("limited", dict(n_layer=8, replay="4-5"), 50257),
+        ("tiny", {}, 50257),
+        ("two_hour", TOY, 4096),
+        ("limited", TOY | dict(mlp="relu2", values="table", mtp="none", passes=2), 4096),
+        ("nano_unlimited", {}, 4096),
+        ("nano_unlimited", TOY | STAGES, 512),
+    ]),
 ]
 
 @pytest.mark.parametrize(("track", "changes", "vocab"), COUNTED, ids=str)
@@ -822,7 +829,7 @@ def counted():
     vars(train_gpt).update(module)
     torch._dynamo.reset()
 
-@pytest.mark.parametrize("track", train_gpt.TRACKS)
+@pytest.mark.parametrize("track", slow_but(["limited"], train_gpt.TRACKS))
 def test_whole_loss_is_one_graph(counted, track):
     """
     As CUDA would run it: attention's flash kernel has a shape function, and is traced on the meta device. In
@@ -844,7 +851,7 @@ def test_whole_loss_is_one_graph(counted, track):
     assert all(p.grad is not None for p in model.parameters())
 
 @pytest.mark.parametrize(
-    ("track", "depths"), [("tiny", (4,)), ("two_hour", (4, 6)), ("nano_unlimited", (4,))], ids=str
+    ("track", "depths"), [slow("tiny", (4,)), slow("two_hour", (4, 6)), ("nano_unlimited", (4,))], ids=str
 )
 def test_after_the_warm_up_nothing_compiles(counted, track, depths):
     """Whatever the modes, members and batches of a run. A deeper network has no more graphs."""

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import slow, slow_but
+from conftest import slow
 from test_run import (  # noqa: F401
     ENVIRONMENT,
     SHORT,
@@ -347,7 +347,8 @@ KINDS = {
                             ["member 0 step 4", "member 0 step 8"]),
 }
 
-@pytest.mark.parametrize("kind", slow_but(["snapshots", "weights in bfloat16", "a foreign optimizer"], KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_goes_on(mortal, train, kind):  # noqa: F811
     ranks, flags, ends = KINDS[kind]
     name, flags = re.sub(r"\W", "_", kind), flags.split()
@@ -385,6 +386,7 @@ def teams(mortal, train):  # noqa: F811
     assert outcome.codes == [0] * 4 and outcome.stderr == "", outcome.stderr
     return mortal / "runs/teams"
 
+@pytest.mark.slow
 def test_each_of_two_teams_goes_on(mortal, teams, train):  # noqa: F811
     """When a rank of one is killed, the other is stopped wherever it is."""
     arguments = [*RUN, *TEAMS, "--run-name", "ended_teams"]
@@ -650,8 +652,9 @@ def test_a_rank_that_hangs_ends_the_run(begin):
 
 LONE = ["--ranks-per-member", 1, *TEAMS[2:]]  # teams of one rank, which no collective tells of each other
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hung, at, epochs", [
-    (0, "member 0 step 3", 99), slow(0, "member 2 step 3", 1), slow(1, "member 3 step 3", 1),
+    (0, "member 0 step 3", 99), (0, "member 2 step 3", 1), (1, "member 3 step 3", 1),
 ])
 def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
     """Whether the other trains or waits for members."""

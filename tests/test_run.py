@@ -146,15 +146,19 @@ def make_dataset(folder, name, seed=0, **sizes):
     manifest |= {"vocab_size": VOCAB, "bos_id": BOS, "splits": sizes}
     shards.write_folder_end(folder, manifest, token_bytes)
 
-def make_project(folder, source=SOURCE):
-    """A clone whose .venv is this interpreter, as far as a run needs it."""
-    python = folder / ".venv/bin/python"
+def link_venv(clone):
+    """Makes this interpreter the clone's .venv."""
+    python = clone / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
+    shutil.copy(ROOT / "requirements.txt", clone / ".venv")
+
+def make_project(folder, source=SOURCE):
+    """A clone that has what a run needs."""
+    link_venv(folder)
     for name in "run.sh", "requirements.txt":
         shutil.copy(ROOT / name, folder)
-    shutil.copy(ROOT / "requirements.txt", folder / ".venv")
     (folder / "records").mkdir()
     for name in "harness.py", "logbook.py", "records/tracks.json", "records/plots.py":
         shutil.copy(ROOT / name, folder / name)
@@ -363,8 +367,6 @@ def test_predictor_is_the_weighted_mean_of_its_members_probabilities(contestant,
 
 # ---- Ranks, device batches, compilation --------------------------------------------------------------------
 
-SPLITS = [(1, 4), (1, 1), (2, 4)]  # ranks, device batch
-
 NOISE = ["--dropout", "0.2", "--stochastic-depth", "0.5", "--lr-scale", "0.25"]
 
 @pytest.fixture(scope="session")
@@ -387,9 +389,9 @@ def losses(run):
     final = [result[key] for key in ("val_loss", "audit_loss", "val_bpb", "audit_bpb")]
     return np.array([row["loss"] for kind in ("step", "eval") for row in metrics(run, kind)] + final)
 
-@pytest.mark.parametrize("ranks, device_batch", [*SPLITS[1:], slow(4, 2)])
+@pytest.mark.parametrize("ranks, device_batch", [slow(1, 1), (2, 4), slow(4, 2)])
 def test_ranks_and_device_batch_change_nothing(shared_out, ranks, device_batch):
-    run, reference = shared_out(ranks, device_batch), shared_out(*SPLITS[0])
+    run, reference = shared_out(ranks, device_batch), shared_out(1, 4)
     assert len(metrics(run, "step")) == round(2 * (1_300 // (T + 1)) / 8)
     np.testing.assert_allclose(losses(run), losses(reference), rtol=5e-6)
     before = [metrics(folder, "eval")[0]["loss"] for folder in (run, reference)]
@@ -399,16 +401,17 @@ def test_two_ranks_that_sum_the_same_two_parts_are_bit_equal(shared_out):
     """One rank's two micro-batches are those of the two ranks, and a + b = b + a."""
     assert (losses(shared_out(1, 4)) == losses(shared_out(2, 4))).all()
 
-@pytest.mark.parametrize("flags", ["--dropout 0", "--stochastic-depth 0"])
+@pytest.mark.parametrize("flags", ["--dropout 0", slow("--stochastic-depth 0")])
 def test_noise_that_differs_would_show(project, shared_out, train, flags):
     """Or the tests above would compare less than they say."""
     name = "noise" + flags.replace(" ", "")
     assert train(project, *SHORT, *NOISE, *flags.split(), "--run-name", name).codes == [0]
-    difference = losses(project / "runs" / name) / losses(shared_out(*SPLITS[0])) - 1
+    difference = losses(project / "runs" / name) / losses(shared_out(1, 4)) - 1
     assert abs(difference[5:]).max() > 1e-4  # twenty times the tolerance
 
 COMPILED = "--unet-skips --values none --mtp none --replay none".split()  # fewer graphs
 
+@pytest.mark.slow
 def test_compiled_is_eager(project, train):
     for name in "compiled", "eager":
         flags = [*COMPILED, "--max-steps", "4", "--run-name", name]
@@ -509,6 +512,7 @@ def test_a_run_ends_where_its_dataset_is_bad(refused, project, tmp_path):
     error = refused(*SHORT, "--data", tmp_path / "data")
     assert "digest" in error and "./run.sh data short" in error
 
+@pytest.mark.slow
 def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, tmp_path):
     """torchrun ends the other ranks when one has failed; the one that speaks must not be among them."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
@@ -543,7 +547,7 @@ def test_full_disk(project, full_disk, train):
     if (run / "metrics.jsonl").exists():
         assert len(metrics(run, "step")) > 0
 
-@pytest.mark.parametrize("batch, lr_embed, lr_scale", [(8, 100, 1), (39, 1000, 10)])
+@pytest.mark.parametrize("batch, lr_embed, lr_scale", [(8, 100, 1), slow(39, 1000, 10)])
 def test_non_finite_loss(project, train, batch, lr_embed, lr_scale):
     """The embedding explodes. With 39 sequences an epoch is one step: it ends just after the one that
     did it, and no checkpoint may be made then."""
@@ -565,6 +569,7 @@ def test_non_finite_loss(project, train, batch, lr_embed, lr_scale):
 
 # ---- Weights & Biases --------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_wandb_offline(project, train, tmp_path):
     pytest.importorskip("wandb")
     flags = ["--max-steps", "2", "--wandb", "--run-name", "wandb"]

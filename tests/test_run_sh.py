@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import slow
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = json.loads((ROOT / "records/tracks.json").read_text())
@@ -369,6 +370,7 @@ def test_without_a_gpu_the_heap_keeps_its_memory(project, tmp_path, gpus, settin
     found = environment(project).items()
     assert heap == {key: value for key, value in found if key.startswith("MALLOC_")}
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="variables of glibc")
 def test_a_rank_faults_the_memory_of_a_big_tensor_in_once(real):
     (real / "train_gpt.py").write_text(
@@ -408,7 +410,7 @@ def test_arguments_ranks_terminal_and_directory(real, tmp_path):
     expected = f"True 2 {['--track', 'nano', '--run-name', 'a b']} {elsewhere} True"
     assert os.read(terminal, 10_000).decode().strip() == expected
 
-@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize("ranks", [slow("1"), "2"])
 def test_users_mistake_is_one_line_and_exit_code_2(real, ranks):
     (real / "train_gpt.py").write_text(
         "import os, sys\n"
@@ -449,7 +451,7 @@ def test_killed_rank_is_named_when_it_was_killed_too_often(real):
     assert code == 128 + signal.SIGKILL
     assert stderr.splitlines()[1:] == ["error: rank 1 was ended by SIGKILL"]
 
-@pytest.mark.parametrize("code", [1, 2, 3, 75])
+@pytest.mark.parametrize("code", [slow(1), 2, slow(3), 75])
 def test_a_rank_that_ends_by_itself_is_not_started_again(real, code):
     source = KILLED_TWICE.replace("os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({code})")
     (real / "train_gpt.py").write_text(source)
@@ -479,8 +481,8 @@ def started(real):
 
 @pytest.mark.parametrize("name, sent", [
     ("SIGINT", "SIGINT"),
-    ("SIGTERM", "SIGTERM"),
-    ("SIGUSR1", "SIGUSR1"),
+    slow("SIGTERM", "SIGTERM"),
+    slow("SIGUSR1", "SIGUSR1"),
     ("SIGHUP", "SIGTERM"),
 ])
 def test_signals_reach_the_ranks_and_are_waited_for(real, name, sent):

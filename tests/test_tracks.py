@@ -123,8 +123,6 @@ def predictor_of(run):
 
 # ---- All tracks --------------------------------------------------------------------------------------------
 
-SHARED = ["tiny", "two_hour", "unlimited_snapshots"]  # between them they have all that ranks share
-
 @pytest.mark.parametrize("track", TRACKS)
 def test_track_leaves_the_checkpoints_of_its_members(run, track):
     folder = run(track)
@@ -137,7 +135,7 @@ def test_track_leaves_the_checkpoints_of_its_members(run, track):
     trained = [f"member_{m:04d}.pt" for m in range(count)] if count > 1 else MEMBERS[track]
     assert names == {name[:-2] + suffix for name in trained for suffix in ("pt", "npz", "json")}
 
-@pytest.mark.parametrize("track", slow_but(SHARED, TRACKS))
+@pytest.mark.parametrize("track", slow_but(["tiny"], TRACKS))
 def test_track_is_the_same_on_one_and_on_two_ranks(run, track):
     # With zero out-projections the stream's scale has no effect on the loss at first, and AdamW goes where
     # rounding points in those gradients: such a run differs by more than rounding.
@@ -218,7 +216,8 @@ def scores(printed):
     members = re.findall(r"^  (\d+\.\d{6})  .* loss of \S+\.pt", printed, re.M)
     return {split: float(loss) for split, loss in totals}, list(map(float, members))
 
-@pytest.mark.parametrize("ranks, mix", [(1, "probs"), slow(2, "logits")])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, mix", [(1, "probs"), (2, "logits")])
 def test_mixture_is_a_direct_computation(run, project, train, ranks, mix):  # noqa: F811
     """As the run scored itself, and as eval with the other mix does."""
     folder = run("nano_unlimited", "--mix", mix, *LEARNS, ranks=ranks)
@@ -298,6 +297,7 @@ def test_selection_is_the_best_mixture_of_the_fitness_tokens(run, project):  # n
     total = sum(weight for _, weight in largest)
     assert chosen == {name: pytest.approx(weight / total, rel=1e-6) for name, weight in largest}
 
+@pytest.mark.slow
 def test_selection_never_sees_val_or_audit(run, project, train, tmp_path):  # noqa: F811
     make_dataset(tmp_path / "other", "short", train=1_300, val=700, audit=800, seed=1)
     for name in "train.bin", "token_bytes.bin":
@@ -353,6 +353,7 @@ def test_members_without_a_chain_are_the_same_in_two_teams(run):
         assert (apart / f"log{suffix}.txt").exists()
     assert two["val_evaluations"] == looks
 
+@pytest.mark.slow
 def test_each_team_has_a_chain_of_its_own(run):
     """Which is that of a run of one team with its seed: its stream, noise, teachers and snapshots."""
     chain = ["--distill-after-members", 1, "--top", 0]
@@ -365,7 +366,8 @@ def test_each_team_has_a_chain_of_its_own(run):
 
 # ---- The ruler ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("track", ["nano_unlimited", slow("tiny"), slow("unlimited_snapshots")])
+@pytest.mark.slow
+@pytest.mark.parametrize("track", ["nano_unlimited", "tiny", "unlimited_snapshots"])
 def test_ruler_finds_what_the_run_states(run, project, track):  # noqa: F811
     """An average of weights, an ensemble, and a selection with weights of its own."""
     command = [sys.executable, ROOT / "records/ruler.py", run(track), "--data", project / "data/short"]
@@ -398,6 +400,7 @@ def watched(project, tmp_path_factory):  # noqa: F811
     (folder / "data").symlink_to(project / "data")
     return folder
 
+@pytest.mark.slow
 def test_snapshots_and_noise_are_the_same_on_all_ranks(watched, train):  # noqa: F811
     more = ["--top", 0, "--run-name", "noise"]
     outcome = train(watched, *flags("unlimited_snapshots"), *more, ranks=2, WATCH=1)
@@ -414,6 +417,7 @@ def stopped(watched, train):  # noqa: F811
     assert outcome.codes == [75], outcome.stderr
     return watched / "runs/stopped", arguments
 
+@pytest.mark.slow
 def test_eval_of_a_half_finished_run(stopped, watched):
     folder, _ = stopped
     shutil.copytree(folder, watched / "runs/half")
@@ -428,6 +432,7 @@ def flip(path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
+@pytest.mark.slow
 def test_damaged_member_is_named(stopped, watched, train):  # noqa: F811
     """By eval and by the member that would learn from it; mended, the run goes on to its end."""
     folder, arguments = stopped
@@ -463,7 +468,7 @@ def test_optimizers_run_and_resume(watched, train, name):  # noqa: F811
 
 # ---- Scored again ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("track", ["two_hour", "unlimited_snapshots", slow("tiny"), slow("unlimited")])
+@pytest.mark.parametrize("track", ["unlimited_snapshots", slow("two_hour"), slow("tiny"), slow("unlimited")])
 def test_eval_of_a_finished_run(run, track):
     folder = run(track)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -475,12 +480,14 @@ def test_eval_of_a_finished_run(run, track):
     assert len(stated) == 1 or members[:len(stated)] == pytest.approx(stated, abs=1.5e-6)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
+@pytest.mark.slow
 def test_eval_of_a_run_that_ended_early(run):
     folder = run("nano_unlimited", "--max-steps", 3)
     assert "stopped early by --max-steps" in result_of(folder)["violations"]
     totals, _ = scores(evaluate(folder, "--split", "val")[1])
     assert totals == {"val": pytest.approx(result_of(folder)["val_loss"], abs=1.5e-6)}
 
+@pytest.mark.slow
 def test_eval_of_a_file(run, project, tmp_path):  # noqa: F811
     folder, file = run("nano_unlimited"), tmp_path / "some tokens.bin"
     shutil.copy(project / "data/nano/audit.bin", file)
