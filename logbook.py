@@ -142,6 +142,10 @@ class Team(NamedTuple):
     group: object    # for the messages of training
     side: object     # for those of saving, which happens meanwhile
 
+if not hasattr(dist, "all_gather_single"):  # their names before torch 2.13
+    dist.all_gather_single = dist.all_gather_into_tensor
+    dist.reduce_scatter_single = dist.reduce_scatter_tensor
+
 def make_team(size, timeout):
     """This rank's team, where `size` ranks make one."""
     world, rank = dist.get_world_size(), dist.get_rank()
@@ -230,7 +234,8 @@ def make_parser(Config, TRACKS, argv=None):
     parser.description = (
         f"Trains on the track {track}: {rules(track)['rule']}. A field of the configuration shows the values "
         f"it may take, = the one it has on this track. The tracks: {', '.join(TRACKS)}.")
-    parser.epilog = "--plan says what it would take, and knows --ranks N, --mfu SHARE, --price DOLLARS too."
+    parser.epilog = ("--plan says what it would take, and knows --ranks N, --mfu SHARE, --price DOLLARS too; "
+                     "--rehearse tries it out on this machine, and knows --price DOLLARS too.")
     add = parser.add_argument_group("the run").add_argument
     add("--config", metavar="FILE", help="JSON of fields, a result.json or record.json; flags override it")
     add("--seed", type=int, help="of initialisation, data order and dropout (default 42)")
@@ -309,6 +314,8 @@ def activate_flash():
 
 def pick_device(args):
     """-> (device, its name, dtype, why it). Without bfloat16 products in hardware, float32 is faster."""
+    if torch.__version__ < "2.11":
+        fail(f"torch {torch.__version__} is older than 2.11; install a newer one: pip install torch==2.13.0")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -399,6 +406,26 @@ class RunLog:
 
 # ---- States ------------------------------------------------------------------------------------------------
 
+def read_progress(path):
+    """The progress of a state; ValueError unless its files have the digests of its manifest."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    if {file.name for file in path.iterdir()} != {*manifest, "manifest.json"}:
+        raise ValueError("it has not the files of its manifest")
+    for name, sha256 in manifest.items():
+        if not (path / name).stat().st_size or digest(np.memmap(path / name, mode="r")) != sha256:
+            raise ValueError(f"{name} does not have its digest")
+    return json.loads((path / "progress.json").read_text())
+
+def retried(read):
+    """A disk that does not answer is asked three times, a second apart; a file that is not there, once."""
+    for last in (False, False, True):
+        try:
+            return read()
+        except OSError as error:
+            if last or isinstance(error, FileNotFoundError):
+                raise
+            time.sleep(1)
+
 class Keeper:
     """
     The states from which a team can go on: state/step_NNNNNNN/, the newest two. Each rank writes its part of
@@ -478,13 +505,7 @@ class Keeper:
         """The newest sound state and its progress. Those that are not sound are named, and kept as .bad."""
         for path in sorted(self.folder.glob("step_???????"), reverse=True):
             try:
-                manifest = json.loads((path / "manifest.json").read_text())
-                if {file.name for file in path.iterdir()} != {*manifest, "manifest.json"}:
-                    raise ValueError("it has not the files of its manifest")
-                for name, sha256 in manifest.items():
-                    if not (path / name).stat().st_size or digest(np.memmap(path / name, mode="r")) != sha256:
-                        raise ValueError(f"{name} does not have its digest")
-                return path, json.loads((path / "progress.json").read_text())
+                return path, retried(lambda path=path: read_progress(path))
             except (FileNotFoundError, ValueError, TypeError, AttributeError) as error:
                 self.log(f"state  {path.name} is unsound: {error}; going back to the one before it")
                 path.rename(path.with_suffix(".bad"))

@@ -2,7 +2,7 @@
 # Slowrun: set-up and launch.
 #
 #   ./run.sh [TRACK] [FLAGS]    train (nano is the default); ./run.sh TRACK --help lists the flags
-#   ./run.sh TRACK --plan       what it would take, without training
+#   ./run.sh TRACK --plan       what it would take, without training; --rehearse: tried out, on this machine
 #   ./run.sh data NAME          build a dataset: nano (seconds) or fineweb100M (a long download)
 #   ./run.sh test [--all]       the tests, or the slow ones too; other arguments go to pytest
 #   ./run.sh runs               what is in runs/; commands take a run by its name there or by a path
@@ -157,14 +157,14 @@ case $command in
                 -h | --help) dataset='' NPROC=1 ;;
                 --data | --data=*) dataset='' ;; # it brings its data
                 --plan) dataset='' program=("$root/plan.py" --track "$command") ;;
+                --rehearse) dataset='' program[1]=$root/rehearse.py ;;
             esac
-            [[ $flag == --plan ]] || set -- "$@" "$flag" # it goes to no program
+            [[ $flag == --plan || $flag == --rehearse ]] || set -- "$@" "$flag" # it goes to no program
         done ;;
 esac
 
 install requirements.txt >&2
 [[ $command != test ]] || install requirements-test.txt >&2
-# fineweb100M is not built by surprise.
-[[ $dataset != nano || -d $root/data/nano ]] || "$venv_python" "$root/data/prepare.py" nano
+[[ $dataset != nano || -d $root/data/nano ]] || "$venv_python" "$root/data/prepare.py" nano # no other one
 [[ ${program[0]} != */torchrun.py ]] || set_environment
 exec "$venv_python" "${program[@]}" "$@"

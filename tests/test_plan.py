@@ -11,7 +11,7 @@ import sys
 
 import pytest
 from conftest import refused
-from test_run import ENVIRONMENT, ROOT, make_dataset, make_project, nursery, run_sh, train  # noqa: F401
+from test_run import ENVIRONMENT, ROOT, make_dataset, make_project, nursery, train  # noqa: F401
 
 import plan
 
@@ -35,10 +35,7 @@ def clone(tmp_path_factory):
 ])
 def test_plan(clone, train, command, parameters, cap, gib):  # noqa: F811
     before = sorted(clone.rglob("*"))
-    if command == "nano":  # as users do; the others need not import torch again
-        outcome = run_sh(clone, command, "--plan")
-    else:
-        outcome = train(clone, "--track", *command.split(), script="plan.py")
+    outcome = train(clone, "--track", *command.split(), script="plan.py")
     assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
     assert sorted(clone.rglob("*")) == before
     lines = dict(re.findall(r"^(\w[^ ]*(?: [^ ]+)?) {2,}(.*)$", outcome.stdout, re.M))

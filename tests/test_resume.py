@@ -4,6 +4,8 @@ Equal means bit-equal: each test ends a run in some way, resumes it, and compare
 with that of the same run, unbroken. SLOWRUN_KILLS=20 tries more kills than a usual test run does.
 """
 
+import errno
+import hashlib
 import json
 import os
 import re
@@ -14,10 +16,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import refused, slow
 from test_run import (  # noqa: F401
     ENVIRONMENT,
     SHORT,
@@ -34,6 +37,8 @@ from test_run import (  # noqa: F401
     result_of,
     train,
 )
+
+import logbook
 
 KILLS = int(os.environ.get("SLOWRUN_KILLS", 2))
 # Not of the run, but of the machine: what --resume does not know. A state is due after each step; the ranks
@@ -290,8 +295,9 @@ def test_killed_in_every_place(mortal, unbroken, train):  # noqa: F811
 
 def test_an_ensemble_killed_in_every_place(mortal, train):  # noqa: F811
     """At the end of its first student; at the start of the second, whose teacher that is."""
-    assert train(mortal, *RUN, *STUDENTS, "--run-name", "all_members").codes == [0]
-    assert_survives(mortal, train, "mortal_students", mortal / "runs/all_members", STUDENTS, [
+    flags = [*STUDENTS, "--epochs", "1", "--average", "1"]
+    assert train(mortal, *RUN, *flags, "--run-name", "all_members").codes == [0]
+    assert_survives(mortal, train, "mortal_students", mortal / "runs/all_members", flags, [
         ("an average", 2), "a checkpoint", "a checkpoint's scores", "a checkpoint's record",
         "the members so far", "predictor.json", ("a member's start", 2), "member 2 step 3", "result.json"])
 
@@ -477,6 +483,28 @@ def test_damaged_states_are_named_and_an_older_one_used(unbroken, stopped_once, 
     assert f"resume at step {int(older.name[5:])}," in outcome.stdout
     assert_equal(run, unbroken[1])
 
+@pytest.mark.parametrize("errors", [2, 3])
+def test_a_disk_that_does_not_answer_is_asked_again(tmp_path, capsys, errors):
+    """A state that could not be read is not taken for a damaged one, and stays under its name."""
+    state, failures = tmp_path / "state/step_0000001", iter(range(errors))
+    state.mkdir(parents=True)
+    (state / "manifest.json").write_text(json.dumps({"progress.json": logbook.sha256(b"{}")}))
+    (state / "progress.json").write_text("{}")
+
+    def digest(array):
+        if next(failures, None) is not None:
+            raise OSError(errno.EIO, "Input/output error")
+        return hashlib.sha256(array).hexdigest()
+
+    keeper = SimpleNamespace(folder=tmp_path / "state", log=print)
+    with mock.patch.object(logbook, "digest", digest), mock.patch.object(logbook.time, "sleep"):
+        if errors < 3:
+            assert logbook.Keeper.newest(keeper) == (state, {})
+        else:
+            said = refused(capsys, lambda: logbook.Keeper.newest(keeper))
+            assert "cannot read the state" in said and "Input/output error" in said
+    assert state.is_dir()
+
 def test_when_all_states_are_damaged_it_deletes_nothing(stopped_once, train, mortal):  # noqa: F811
     run = mortal / "runs/all_damaged"
     shutil.copytree(stopped_once, run)
@@ -516,12 +544,12 @@ def student(stopped):
 
 @pytest.mark.parametrize("name, damage", [
     ("member_0000.pt", flip),
-    ("member_0000.pt", lambda path: os.truncate(path, 1000)),
-    ("member_0000.pt", lambda path: os.truncate(path, 0)),
-    ("member_0000.pt", os.unlink),
+    slow("member_0000.pt", lambda path: os.truncate(path, 1000)),
+    slow("member_0000.pt", lambda path: os.truncate(path, 0)),
+    slow("member_0000.pt", os.unlink),
     ("member_0000.json", os.unlink),
     ("member_0000.json", lambda path: path.write_text("[1]")),
-    ("member_0000.npz", flip),
+    slow("member_0000.npz", flip),
 ], ids="flip cut empty gone no-record no-member scores".split())
 def test_damaged_teacher_is_named(student, train, mortal, name, damage):  # noqa: F811
     run = mortal / "runs/no_teacher"

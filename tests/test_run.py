@@ -7,6 +7,7 @@ are several ranks, and ends by itself with its own exit code. Runs that serve ma
 
 import ast
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -27,10 +28,12 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused as refused_here
 from conftest import slow
 
 import harness
@@ -488,6 +491,7 @@ def beyond_vocabulary(folder):
     (lambda folder: (folder / "manifest.json").unlink(), "there is no dataset"),
     (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
     (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json"),
+    (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json"),
     (lambda folder: (folder / "audit.bin").unlink(), "audit.bin is missing"),
     (lambda folder: os.truncate(folder / "val.bin", 1500), "truncated"),
     (lambda folder: os.truncate(folder / "val.bin", 100), "val.bin"),
@@ -513,6 +517,18 @@ def test_a_run_ends_where_its_dataset_is_bad(refused, project, tmp_path):
     assert "digest" in error and "./run.sh data short" in error
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number, advice", [
+    ("ENOSPC", "make room there"), ("EFBIG", "raise ulimit -f"), ("EMFILE", "raise ulimit -n"),
+    ("EROFS", "mount it for writing"), ("EACCES", "see to its permissions"),
+])
+def test_trouble_of_the_machine_is_one_line(capsys, number, advice):
+    def main(stop):
+        raise OSError(getattr(errno, number), "Words of the system", "runs/a/log.txt")
+
+    with mock.patch.object(logbook, "StopSignal"):
+        said = refused_here(capsys, lambda: logbook.launch(main))
+    assert said == f"error: cannot write runs/a/log.txt: Words of the system; {advice}\n"
+
 def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, tmp_path):
     """torchrun ends the other ranks when one has failed; the one that speaks must not be among them."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"

@@ -12,6 +12,7 @@ import torch
 from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_run import nursery, train  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
@@ -32,16 +33,15 @@ FLAGS = f"""--no-compile --dtype float32 --seq-len {T} --batch-tokens {8 * T} --
 # ---- Runs --------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, train):  # noqa: F811
     """A clone with a run of two members, trained on a little of nano's text."""
     root = tmp_path_factory.mktemp("project")
     for name in FILES:
         if (ROOT / name).exists():
             (root / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, root / name)
-    tokenizer, token_bytes = prepare.gpt2(BOS + 1)
-    documents = prepare.encode(tokenizer, prepare.nano_texts(tokenizer)[:20])
-    tokens, folder = np.concatenate(list(documents)), root / "data/nano"
+    nano, folder = ROOT / "data/nano", root / "data/nano"
+    tokens, token_bytes = shards.read(nano / "train.bin"), np.fromfile(nano / "token_bytes.bin", dtype="u1")
     folder.mkdir()
     for split, size in SIZES.items():
         writer = shards.ShardWriter(folder / f"{split}.bin")
@@ -49,9 +49,9 @@ def project(tmp_path_factory):
         writer.close()
     manifest = {"name": "nano", "source": "sotu", "revision": "1", "tokenizer": "gpt2", "vocab_size": BOS + 1}
     shards.write_folder_end(folder, manifest | {"bos_id": BOS, "splits": list(SIZES)}, token_bytes)
-    command = [sys.executable, root / "train_gpt.py", "--track", "smoke", *FLAGS]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    outcome = train(root, "--track", "smoke", *FLAGS)
+    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
+    assert all(map(str.startswith, outcome.stdout.splitlines()[-2:], s.PROMPTS))  # its last words
     return root
 
 @pytest.fixture
@@ -96,12 +96,12 @@ def test_greedy_text_is_what_the_predictor_predicts(project):
     predictor = s.load_script(project / "runs/two").load_predictor(project / "runs/two", "cpu")
     ids = [BOS, *tokenizer.encode_ordinary("Fellow citizens")]
     start = len(ids)
-    while len(ids) < start + 2 * T:
+    while len(ids) < start + T + 4:
         ids.append(int(predictor.logprobs(torch.tensor([ids[-T:]]))[0, -1].argmax()))
     assert BOS not in ids[start:]
     expected = tokenizer.decode_bytes(ids[start:]).decode(errors="replace")
-    assert said(model, tokenizer, "Fellow citizens", 2 * T, temperature=0) == expected
-    assert said(model, tokenizer, "Fellow citizens", 2 * T, top_k=1, seed=7) == expected
+    assert said(model, tokenizer, "Fellow citizens", T + 4, temperature=0) == expected
+    assert said(model, tokenizer, "Fellow citizens", T + 4, top_k=1, seed=7) == expected
     lines = s.continuations(model, tokenizer)
     assert len(lines) == 2 and lines == s.continuations(model, tokenizer)
     assert all(line.startswith(prompt) and "\n" not in line for line, prompt in zip(lines, s.PROMPTS))

@@ -1,0 +1,259 @@
+"""
+A rehearsal on the machine that is to train: is it right here, does it fit, and will it hold its cap? Some
+minutes that one spends before one rents hours.
+
+    ./run.sh limited --rehearse                     with every GPU of this node
+    ./run.sh limited --rehearse --device-batch 2
+    ./run.sh nano --rehearse
+
+It takes all flags of train_gpt.py, and trains at full size on tokens that mean nothing: two steps of each
+variant that the run will have (replayed layers, windows, passes, with and without a teacher), a part of the
+scoring, one saved state. First it compares what this device computes with plain float64. It leaves nothing
+behind. Exit code 0: right, and the cap holds; 1: not, with the reason; 2: a mistake in the command.
+"""
+import dataclasses
+import math
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import plan
+import train_gpt
+from harness import check_batch
+from logbook import (
+    Keeper,
+    fail,
+    join_ranks,
+    launch,
+    make_parser,
+    make_team,
+    on_main,
+    parse_args,
+    pick_device,
+    rules,
+)
+from train_gpt import TRACKS, Config, Mode, Noise, draw_noise, flops_per_token
+
+TIMED = 2  # steps of each variant, after one that compiles
+
+
+# ---- Is it right here? -------------------------------------------------------------------------------------
+
+def normal(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+def error(found, expected):
+    """The norm of the difference, relative to the norm of what is expected."""
+    joined = lambda parts: torch.cat([part.detach().double().cpu().flatten() for part in parts])
+    return ((joined(found) - joined(expected)).norm() / joined(expected).norm()).item()
+
+def attention_error(window, T, head_dim, device, dtype):
+    """Of the device's attention and its gradients, beside a masked softmax in float64."""
+    q, k, v, upstream = (normal(1, T, 2, head_dim, seed=seed).to(dtype) for seed in range(4))
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    a, b, c = (t.transpose(1, 2) for t in exact)
+    at = torch.arange(T)
+    seen = (at[:, None] >= at) & (at[:, None] - at <= window)
+    weights = (a @ b.mT / math.sqrt(head_dim)).masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = (weights @ c).transpose(1, 2)
+    here = [t.to(device).requires_grad_() for t in (q, k, v)]
+    found = train_gpt.ATTENTION[device.type](*here, window, 1 / math.sqrt(head_dim))
+    gradients = (torch.autograd.grad(out, into, upstream.to(out)) for out, into in
+                 ((found, here), (expected, exact)))
+    return error((found, *next(gradients)), (expected, *next(gradients)))
+
+def polar_error(device, dtype):
+    """Of the polar factor that Muon steps along, beside the same polynomials in float64."""
+    G = normal(3, 96, 160, seed=5)
+    return error([train_gpt.orthogonalise(G.float().to(device), dtype)],
+                 [train_gpt.orthogonalise(G, torch.float64)])
+
+def model_errors(c, device, dtype):
+    """Of loss and gradients of a small model of the track's kind, beside float32 on the CPU; and whether the
+    device gives the same bits twice."""
+    small = dataclasses.replace(
+        c, n_layer=4, n_head=2, n_embd=128, seq_len=256, batch_tokens=512, batch_tokens_ends=0, meta_norm=0.0,
+        replay="2-2" if c.replayed else "none", members=1, distill=0.0, top=0, restarts=False, xsa_layers=4,
+        fitness_tokens=0)
+    sequences = torch.from_numpy(plan_tokens(2 * 257, 512)).view(2, 257)
+    last = Mode(bool(small.replayed), small.passes, len(small.window_stages) - 1)
+    results = []
+    for place, kind in ((torch.device("cpu"), torch.float32), (device, dtype), (device, dtype)):
+        model = train_gpt.make_model(small, 512, place, kind)
+        train_gpt.initialise(model, small, 1)
+        noise = Noise(*(part.to(place) for part in draw_noise(small, 0, range(2), kind)))
+        loss, _ = model.loss(sequences.to(place), last, noise, 2)
+        loss.backward()
+        results.append([loss.view(1), *(p.grad for p in model.parameters())])
+    expected, found, again = results
+    same = all(map(torch.equal, found, again))
+    return error(found[:1], expected[:1]), error(found[1:], expected[1:]), same
+
+def sum_error(team, device):
+    """Of a sum over the ranks."""
+    part = torch.full((1000,), float(team.rank + 1), device=device)
+    dist.all_reduce(part, group=team.group)
+    return abs(part.mean().item() - team.size * (team.size + 1) / 2)
+
+def check_numerics(c, team, device, dtype, say):
+    """-> the names of what is off."""
+    limit = 0.02 if dtype == torch.bfloat16 else 1e-4
+    stages, layers = range(len(c.window_stages)), range(c.n_layer + 1)
+    T, head_dim = min(c.seq_len, 1024), c.n_embd // c.n_head
+    windows = sorted({min(T, c.window(layer, stage)) for stage in stages for layer in layers})
+    rows = [(f"attention, window {window}", attention_error(window, T, head_dim, device, dtype), limit)
+            for window in windows]
+    loss, gradient, same = model_errors(c, device, dtype)
+    rows += [("polar factor", polar_error(device, dtype), 2 * limit), ("loss of a small model", loss, limit),
+             ("its gradient", gradient, 5 * limit), ("sum over the ranks", sum_error(team, device), 1e-6)]
+    for name, off, most in rows:
+        say(f"{name:<24} {off:.1e} off, {most:.0e} allowed{'' if off <= most else '   WRONG'}")
+    say(f"{'the same step twice':<24} {'the same bits' if same else 'not the same bits'}")
+    return [name for name, off, most in rows if not off <= most]
+
+
+# ---- Does it fit, does it hold? ----------------------------------------------------------------------------
+
+def plan_tokens(count, vocab_size):
+    return torch.randint(1, vocab_size, (count,), generator=torch.Generator().manual_seed(0)).numpy()
+
+def seconds(device, function):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+def peak_memory(device):
+    """Bytes: of a GPU what tensors held at most, of a CPU's process all that it had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def make_step(t, schedule, variant, tokens):
+    """A function that takes one whole step of the variant, as train_member does."""
+    (mode, ahead, taught), c, run = variant, schedule.c, t.run
+    stream = train_gpt.Stream(tokens, np.array([0]), c, 0)
+    supply = train_gpt.batches(stream, c, run.team, 0, run.device, run.dtype, run.args.device_batch)
+    episodes = train_gpt.Episodes(c, t.optimizer, run.args.device_batch)
+
+    def step():
+        for n, (sequences, noise) in enumerate(batch := next(supply), 1):
+            if n == len(batch):
+                t.optimizer.expect()
+            lesson = t.teacher.teach(sequences, mode) if taught else None
+            t.model.loss(sequences, mode, noise, c.batch_sequences, (1.0,) * ahead, lesson)[0].backward()
+            episodes.after(n, len(batch), c.meta_norm)
+        t.optimizer.step(1e-3, 1.0, 0.95, 1, float(c.average_kind != "probs"))
+
+    return step, supply
+
+def rehearse(args, c, run, say):
+    """-> (seconds of training that the run will take, of scoring, peak memory in bytes), and its FLOPs."""
+    vocab_size, count, _ = plan.DATASETS[c.dataset]
+    run.data = SimpleNamespace(vocab_size=vocab_size, splits={"train": plan_tokens(count, vocab_size)})
+    t = train_gpt.Training(run)
+    variants = Counter()
+    for member in t.own:
+        s = t.schedules[member]
+        variants.update((s, (s.mode(step), len(s.ahead(step)), s.c.distill > 0)) for step in range(s.end))
+    by_kind = {}  # one schedule of each kind of step will do; members differ in their seeds
+    for (s, variant), steps in variants.items():
+        known, before = by_kind.get((variant, s.c.batch_tokens), (s, 0))
+        by_kind[variant, s.c.batch_tokens] = known, before + steps
+    training = 0.0
+    for (variant, batch_tokens), (s, steps) in sorted(by_kind.items(), key=lambda item: item[0]):
+        step, supply = make_step(t, s, variant, run.data.splits["train"])
+        first = seconds(run.device, step)
+        took = statistics.median(seconds(run.device, step) for _ in range(TIMED))
+        supply.close()
+        training += took * steps
+        flops = flops_per_token(s.c, vocab_size, variant[0]) * batch_tokens / took / run.team.size
+        say(f"{steps:5d} steps of {took * 1000:,.0f} ms: {batch_tokens / took:,.0f} tokens/s, "
+            f"{flops / run.peak:.0%} of the product's speed, the first in {first:.0f} s\n"
+            f"{'':24} {variant[0]}{' taught' * variant[2]}")
+    mode, model = max(mode for (mode, *_), _ in by_kind), train_gpt.frozen(t.model)
+    part = torch.from_numpy(plan_tokens(run.args.device_batch * (c.seq_len + 1), vocab_size))
+    part = part.view(-1, c.seq_len + 1).to(run.device)
+    score = lambda: model.target_logprobs(part, mode)
+    score()
+    batch = seconds(run.device, score)
+    looks = {"nano": 200_000}.get(c.dataset, 10_000_000) / (c.seq_len + 1) / args.device_batch / run.team.size
+    epochs = sum(t.schedules[member].c.epochs if c.members == 1 else 1 for member in t.own) + len(t.own)
+    scoring = batch * looks * (2 * epochs + 1)
+    folder = Path(on_main(run.team, tempfile.mkdtemp))
+    keeper = Keeper(SimpleNamespace(folder=folder, suffix=""), t.optimizer, run.team)
+    saving = seconds(run.device, lambda: (keeper.save({"updates": 0}), keeper.wait()))
+    dist.barrier(group=run.team.group)
+    shutil.rmtree(folder, ignore_errors=True)  # the ranks of a node share it
+    say(f"{'scoring':<24} {batch * looks:,.1f} s for val, {scoring / 60:,.1f} min in all")
+    say(f"{'a saved state':<24} {saving:.1f} s")
+    return (training, scoring, peak_memory(run.device)), t.flops(range(c.members))
+
+
+# ---- main --------------------------------------------------------------------------------------------------
+
+def main(stop, argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(Config, TRACKS, argv)
+    parser.description = __doc__
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="per hour of a GPU")
+    args = parse_args(Config, TRACKS, argv, parser)
+    c = Config(**args.fields)
+    if c.dataset not in plan.DATASETS:
+        fail(f"a rehearsal knows the datasets {', '.join(plan.DATASETS)}, not {c.dataset}")
+    device, name, dtype, reason = pick_device(args)
+    world = join_ranks(device, args)
+    team = make_team(args.ranks_per_member or world.size, timedelta(minutes=args.timeout))
+    check_batch(c, args, team.size)
+    args.seed = args.seed or 42
+    say = print if world.rank == 0 else lambda *_, **__: None
+    say(f"{args.track}: {world.size} x {name}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
+        f"device batch {args.device_batch}", flush=True)
+    wrong = check_numerics(c, team, device, dtype, say)
+    if wrong:
+        say(f"\nnot right here: {', '.join(wrong)}")
+        dist.destroy_process_group()
+        sys.exit(1)
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    peak = 2 * size ** 3 / statistics.median(seconds(device, lambda: a @ a) for _ in range(5))
+    say(f"{'a product of ' + str(size):<24} {peak / 1e12:,.3g} TFLOP/s per rank", flush=True)
+    train_gpt.setup_compile(args.compile, device)
+    run = SimpleNamespace(c=c, args=args, team=team, device=device, dtype=dtype, folder=Path(), peak=peak)
+    expected, flops = rehearse(args, c, run, say)
+    field, cap = next(iter(rules(args.track)["cap"].items()), (None, math.inf))
+    worst = torch.tensor(expected, dtype=torch.float64)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    training, scoring, memory = worst.tolist()
+    used = {"gpu_seconds": training * world.size, "training_flops": flops}.get(field, 0)
+    if device.type == "cuda":
+        most = torch.cuda.get_device_properties(device).total_memory
+        say(f"{'memory':<24} {memory / 2 ** 30:.1f} of {most / 2 ** 30:.1f} GiB per rank")
+    else:
+        say(f"{'memory':<24} {memory / 2 ** 30:.1f} GiB of each process, Python and compiler included")
+    say(f"{'the whole run':<24} {training / 60:,.1f} min of training, {scoring / 60:,.1f} min of scoring")
+    if args.price:
+        say(f"{'price':<24} ${(training + scoring) / 3600 * world.size * args.price:,.2f}")
+    if field:
+        said = f"{used / 60:,.0f} of {cap / 60:,.0f} minutes of a GPU" if field == "gpu_seconds" else (
+            f"{used:.3g} of {cap:.3g} {field}")
+        say(f"{'cap':<24} {said}: {'holds' if used <= cap else 'DOES NOT HOLD'}")
+    dist.destroy_process_group()
+    sys.exit(used > cap)
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,48 @@
+"""rehearse.py: its table and its verdict, on one rank and on two, and that it sees what is wrong."""
+import json
+import re
+import shutil
+
+import pytest
+from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
+
+FLAGS = """--track nano --seq-len 32 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
+    --no-compile --dtype float32""".split()
+
+@pytest.fixture
+def clone(tmp_path):
+    """make(source): a clone without data."""
+    def make(source=SOURCE):
+        folder = make_project(tmp_path / "a clone", source)
+        for name in "plan.py", "rehearse.py":
+            shutil.copy(ROOT / name, folder)
+        return folder
+    return make
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_says_whether_it_is_right_and_holds(clone, train, ranks):  # noqa: F811
+    folder = clone()
+    before = sorted(folder.rglob("*"))
+    outcome = train(folder, *FLAGS, script="rehearse.py", ranks=ranks)
+    assert set(outcome.codes) == {0} and outcome.stderr == "", outcome.stderr
+    assert sorted(folder.rglob("*")) == before
+    lines = outcome.stdout.splitlines()
+    assert "WRONG" not in outcome.stdout and "the same bits" in outcome.stdout
+    assert len(re.findall(r"^ *\d+ steps of [\d,]+ ms: [\d,]+ tokens/s", outcome.stdout, re.M)) == 2
+    minutes, scoring = map(float, re.search(r"([\d.]+) min of training, ([\d.]+) min", lines[-2]).groups())
+    assert minutes > 0 and scoring > 0 and lines[-1].endswith("training_flops: holds")
+
+def test_what_is_wrong_is_named(clone, train):  # noqa: F811
+    """A kernel that sees one key too many."""
+    source = SOURCE.replace("(distance > window)", "(distance > window + 1)")
+    assert source != SOURCE
+    outcome = train(clone(source), *FLAGS, script="rehearse.py")
+    assert outcome.codes == [1] and "not right here: attention" in outcome.stdout
+
+def test_a_cap_that_does_not_hold_is_code_1(clone, train):  # noqa: F811
+    folder = clone()
+    tracks = json.loads((folder / "records/tracks.json").read_text())
+    tracks["nano"]["cap"] = {"gpu_seconds": 0.01}
+    (folder / "records/tracks.json").write_text(json.dumps(tracks))
+    outcome = train(folder, *FLAGS, script="rehearse.py")
+    assert outcome.codes == [1] and outcome.stdout.rstrip().endswith("minutes of a GPU: DOES NOT HOLD")
