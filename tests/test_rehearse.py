@@ -4,6 +4,7 @@ import re
 import shutil
 
 import pytest
+from conftest import slow
 from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
 
 FLAGS = """--track nano --seq-len 32 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
@@ -19,7 +20,7 @@ def clone(tmp_path):
         return folder
     return make
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_it_says_whether_it_is_right_and_holds(clone, train, ranks):  # noqa: F811
     folder = clone()
     before = sorted(folder.rglob("*"))
@@ -39,6 +40,7 @@ def test_what_is_wrong_is_named(clone, train):  # noqa: F811
     outcome = train(clone(source), *FLAGS, script="rehearse.py")
     assert outcome.codes == [1] and "not right here: attention" in outcome.stdout
 
+@pytest.mark.slow
 def test_a_cap_that_does_not_hold_is_code_1(clone, train):  # noqa: F811
     folder = clone()
     tracks = json.loads((folder / "records/tracks.json").read_text())
