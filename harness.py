@@ -309,6 +309,7 @@ class Run:
         if self.team.teams > c.members and not before:
             fail(f"--ranks-per-member {args.ranks_per_member}: {self.team.teams} teams for fewer --members")
         check_batch(c, args, self.team.size)
+        stop.device_batch = args.device_batch
         if ":" in c.optimizer:
             _, version = foreign_optimizer(c, [torch.nn.Parameter(torch.zeros(2, 2))])  # or a mistake is seen
         self.data = data = Dataset(args.data or ROOT / "data" / c.dataset, f"./run.sh data {c.dataset}")

@@ -63,7 +63,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.name, self.at = None, 0.0
+        self.name, self.at, self.device_batch = None, 0.0, 1
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self.receive)
 
@@ -82,6 +82,10 @@ def launch(main):
     except dcp.CheckpointException as error:  # the same on all ranks
         fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            smaller = [b for b in range(1, stop.device_batch) if stop.device_batch % b == 0]
+            advice = f"--device-batch {smaller[-1]}" if smaller else "--checkpointing, or a smaller model"
+            fail(f"out of memory with --device-batch {stop.device_batch}; try {advice}")
         if not re.search("gloo/transport|Application timeout", str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

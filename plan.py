@@ -20,6 +20,7 @@ import math
 import operator
 import resource
 import sys
+import textwrap
 import time
 import warnings
 import weakref
@@ -217,7 +218,7 @@ def main(argv=None):
     add = parser.add_argument_group("the machine").add_argument
     add("--ranks", type=int, metavar="N", help="GPUs, or processes of a CPU (default 8 GPUs, 1 process)")
     add("--mfu", type=float, default=0.42, help="the share of the peak that training reaches (default 0.42)")
-    add("--price", type=float, default=3.0, help="dollars per hour of a GPU (default 3)")
+    add("--price", type=float, help="dollars per hour of a GPU (default 3), or of a CPU's process")
     args = parse_args(Config, TRACKS, argv, parser)
     c = Config(**args.fields)
     vocab_size, tokens, kernel = DATASETS.get(c.dataset) or fail(f"a plan knows {', '.join(DATASETS)}")
@@ -227,6 +228,9 @@ def main(argv=None):
         fail(f"--ranks {ranks} is out of range: 1 or more")
     if ranks % team_size:
         fail(f"--ranks-per-member {team_size} does not divide {ranks} ranks")
+    if args.price is not None and not args.price >= 0:
+        fail(f"--price {args.price:g} is out of range: 0 or more")
+    price = 3.0 if args.price is None and kernel == "cuda" else args.price
     if not 0 < args.mfu <= 1:
         fail(f"--mfu {args.mfu:g} is out of range: more than 0, up to 1")
     team = Team(0, ranks // team_size, 0, team_size, None, None)
@@ -256,20 +260,24 @@ def main(argv=None):
     used = {"training_flops": flops, "gpu_seconds": seconds * ranks}[field]
     process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     one, size = schedules[-1], lambda count: f"{count / 2 ** 30:,.3f} GiB"
-    print("\n".join(f"{name:<12} {text}" for name, text in [
+    held = sum(memory.values())
+    fits = f"; fits 80 GB: {'yes' if held < 77 * 2 ** 30 else 'NO'}" if kernel == "cuda" else ""
+    print("\n".join(textwrap.fill(f"{name:<12} {text}", 100, subsequent_indent=" " * 13) for name, text in [
         ("parameters", f"{count:,}: " + ", ".join(f"{name} {n:,}" for name, n in parts.items())),
         *(("FLOPs/token", f"{flops_per_token(c, vocab_size, mode):.4g} in training with {mode}")
           for mode in sorted({Mode(*mode) for *mode, _, _ in variants})),
         ("a member", f"{one.c.epochs} epochs of {one.per_epoch * c.seq_len:,} tokens, {one.end:,} steps of "
                      f"{one.c.batch_tokens:,}"),
         ("in all", f"{c.members} member(s), {team.teams} side by side, {flops:.4g} training FLOPs"),
-        ("memory", f"{size(sum(memory.values()))} per rank of {ranks}, device batch {args.device_batch}: " +
-                   ", ".join(f"{name} {size(held)}" for name, held in memory.items() if held)),
+        ("memory", f"{size(held)} per rank of {ranks}, device batch {args.device_batch}: " +
+                   ", ".join(f"{name} {size(part)}" for name, part in memory.items() if part) + fits),
         *[("process", f"{size(process)} or more on top for Python, torch and its compiler, as here, "
                       f"what the allocator wastes, and {size(memory['weights'] + memory['optimizer'])} while "
                       f"a state is saved")] * (kernel == "cpu"),
-        ("time", f"{seconds / 3600:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank"),
-        ("price", f"${seconds / 3600 * ranks * args.price:,.2f} at ${args.price:g} per hour of a rank"),
+        ("time", f"{seconds / 3600:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank, an "
+                 f"assumption; on the machine itself --rehearse measures it"),
+        *([] if price is None else
+          [("price", f"${seconds / 3600 * ranks * price:,.2f} at ${price:g} per hour of a rank")]),
         ("disk", f"{size(kept * dtype.itemsize * count)} of checkpoints, {size(2 * state)} of states"),
         ("cap", f"{field} {used:.3g} of {cap:.3g}: {'holds' if used <= cap else 'DOES NOT HOLD'}"),
     ]))

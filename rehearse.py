@@ -12,6 +12,7 @@ scoring, one saved state. First it compares what this device computes with plain
 behind. Exit code 0: right, and the cap holds; 1: not, with the reason; 2: a mistake in the command.
 """
 import dataclasses
+import functools
 import math
 import resource
 import shutil
@@ -86,7 +87,7 @@ def model_errors(c, device, dtype):
         c, n_layer=4, n_head=2, n_embd=128, seq_len=256, batch_tokens=512, batch_tokens_ends=0, meta_norm=0.0,
         replay="2-2" if c.replayed else "none", members=1, distill=0.0, top=0, restarts=False, xsa_layers=4,
         fitness_tokens=0)
-    sequences = torch.from_numpy(plan_tokens(2 * 257, 512)).view(2, 257)
+    sequences = torch.from_numpy(made_up(2 * 257, 512)).view(2, 257)
     last = Mode(bool(small.replayed), small.passes, len(small.window_stages) - 1)
     results = []
     for place, kind in ((torch.device("cpu"), torch.float32), (device, dtype), (device, dtype)):
@@ -125,7 +126,8 @@ def check_numerics(c, team, device, dtype, say):
 
 # ---- Does it fit, does it hold? ----------------------------------------------------------------------------
 
-def plan_tokens(count, vocab_size):
+def made_up(count, vocab_size):
+    """Tokens that mean nothing, int64: of no text, so that no data need be there."""
     return torch.randint(1, vocab_size, (count,), generator=torch.Generator().manual_seed(0)).numpy()
 
 def seconds(device, function):
@@ -162,9 +164,12 @@ def make_step(t, schedule, variant, tokens):
     return step, supply
 
 def rehearse(args, c, run, say):
-    """-> (seconds of training that the run will take, of scoring, peak memory in bytes), and its FLOPs."""
+    """
+    -> (seconds of training that the whole run will take, of scoring, peak memory in bytes), its FLOPs. Teams
+    train side by side: the times are those of this rank's own team.
+    """
     vocab_size, count, _ = plan.DATASETS[c.dataset]
-    run.data = SimpleNamespace(vocab_size=vocab_size, splits={"train": plan_tokens(count, vocab_size)})
+    run.data = SimpleNamespace(vocab_size=vocab_size, splits={"train": made_up(count, vocab_size)})
     t = train_gpt.Training(run)
     variants = Counter()
     for member in t.own:
@@ -186,7 +191,7 @@ def rehearse(args, c, run, say):
             f"{flops / run.peak:.0%} of the product's speed, the first in {first:.0f} s\n"
             f"{'':24} {variant[0]}{' taught' * variant[2]}")
     mode, model = max(mode for (mode, *_), _ in by_kind), train_gpt.frozen(t.model)
-    part = torch.from_numpy(plan_tokens(run.args.device_batch * (c.seq_len + 1), vocab_size))
+    part = torch.from_numpy(made_up(run.args.device_batch * (c.seq_len + 1), vocab_size))
     part = part.view(-1, c.seq_len + 1).to(run.device)
     score = lambda: model.target_logprobs(part, mode)
     score()
@@ -220,9 +225,9 @@ def main(stop, argv=None):
     team = make_team(args.ranks_per_member or world.size, timedelta(minutes=args.timeout))
     check_batch(c, args, team.size)
     args.seed = args.seed or 42
-    say = print if world.rank == 0 else lambda *_, **__: None
+    say = functools.partial(print, flush=True) if world.rank == 0 else lambda _: None
     say(f"{args.track}: {world.size} x {name}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
-        f"device batch {args.device_batch}", flush=True)
+        f"device batch {args.device_batch}")
     wrong = check_numerics(c, team, device, dtype, say)
     if wrong:
         say(f"\nnot right here: {', '.join(wrong)}")
@@ -231,7 +236,7 @@ def main(stop, argv=None):
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     peak = 2 * size ** 3 / statistics.median(seconds(device, lambda: a @ a) for _ in range(5))
-    say(f"{'a product of ' + str(size):<24} {peak / 1e12:,.3g} TFLOP/s per rank", flush=True)
+    say(f"{'a product of ' + str(size):<24} {peak / 1e12:,.3g} TFLOP/s per rank")
     train_gpt.setup_compile(args.compile, device)
     run = SimpleNamespace(c=c, args=args, team=team, device=device, dtype=dtype, folder=Path(), peak=peak)
     expected, flops = rehearse(args, c, run, say)

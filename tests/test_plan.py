@@ -38,7 +38,10 @@ def test_plan(clone, train, command, parameters, cap, gib):  # noqa: F811
     outcome = train(clone, "--track", *command.split(), script="plan.py")
     assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
     assert sorted(clone.rglob("*")) == before
-    lines = dict(re.findall(r"^(\w[^ ]*(?: [^ ]+)?) {2,}(.*)$", outcome.stdout, re.M))
+    assert max(map(len, outcome.stdout.splitlines())) <= 100
+    whole = outcome.stdout.replace("\n" + 13 * " ", " ")
+    lines = dict(re.findall(r"^(\w[^ ]*(?: [^ ]+)?) {2,}(.*)$", whole, re.M))
+    assert ("price" in lines) == ("fits 80 GB: yes" in lines["memory"]) == (command != "nano")
     count, *parts = (int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", lines["parameters"]))
     assert count == sum(parts) == parameters
     total, *parts = (float(size) for size in re.findall(r"([\d,.]+) GiB", lines["memory"]))
@@ -52,6 +55,7 @@ def test_plan(clone, train, command, parameters, cap, gib):  # noqa: F811
     ("--ranks 8 --ranks-per-member 3", "--ranks-per-member 3"),
     ("--ranks 7", "7 ranks can't share"),
     ("--mfu 0", "--mfu 0"),
+    ("--price -3", "--price -3"),
     ("--dataset another", "nano, fineweb100M"),
     ("--device-batch 7", "--device-batch 7"),
     ("--dataset nano --n-embd 56 --n-layer 2 --replay none --no-compile --optimizer torch.optim:Adafactor",

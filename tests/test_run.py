@@ -529,6 +529,18 @@ def test_trouble_of_the_machine_is_one_line(capsys, number, advice):
         said = refused_here(capsys, lambda: logbook.launch(main))
     assert said == f"error: cannot write runs/a/log.txt: Words of the system; {advice}\n"
 
+@pytest.mark.parametrize("batch, advice", [(12, "--device-batch 6"), (1, "--checkpointing")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_names_the_batch_to_try(capsys, batch, advice, error):
+    def main(stop):
+        stop.device_batch = batch
+        raise error
+
+    with mock.patch.object(logbook, "StopSignal"):
+        said = refused_here(capsys, lambda: logbook.launch(main))
+    assert said.startswith(f"error: out of memory with --device-batch {batch}; try {advice}")
+
 def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, tmp_path):
     """torchrun ends the other ranks when one has failed; the one that speaks must not be among them."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
