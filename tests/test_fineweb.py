@@ -168,6 +168,7 @@ assert theirs[0].startswith("0 0 ") and len(theirs) == {FILES * ROWS}
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "no_proxy": "*"}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
+@pytest.mark.slow
 def test_survives_a_bad_network(hub, start, tmp_path, expected):
     """Cut connections, errors of the server and bodies that are too short, one after another: the same
     bytes."""

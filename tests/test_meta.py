@@ -230,6 +230,7 @@ def test_norm_0_is_a_run_without_episodes(run, project, tmp_path):  # noqa: F811
     for path in (ours / "checkpoints").glob("*.pt"):
         assert path.read_bytes() == (theirs / "checkpoints" / path.name).read_bytes()
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_an_episode(mortal, train):  # noqa: F811
     """Killed in step 4 of 8 sequences, between the two halves of its third episode of two."""
     flags, runs = [*EPISODES, *MACHINE, "--device-batch", "1"], mortal / "runs"

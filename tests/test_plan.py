@@ -29,7 +29,6 @@ def clone(tmp_path_factory):
     # An H100 has 79.6 GiB, an RTX 4090 24.0; 2.5 of them are for CUDA and NCCL.
     pytest.param("unlimited_snapshots --ranks 64 --ranks-per-member 8", 1_870_172_811, "gpu_seconds", 77,
                  marks=pytest.mark.slow),
-    pytest.param("limited --device-batch 8", 1_443_722_775, "gpu_seconds", 77, marks=pytest.mark.slow),
     pytest.param("limited --device-batch 1 --checkpointing", 1_443_722_775, "gpu_seconds", 21.5,
                  marks=pytest.mark.slow),
 ])
@@ -103,11 +102,8 @@ for flags in json.loads(sys.argv[1]):
 """
 SMALL = "--seq-len 256 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 64 --max-steps 2"
 CASES = {
-    "checkpointing": f"--track nano {SMALL} {REPLAY} --device-batch 8 --checkpointing --no-compile",
     "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --device-batch 8 --members 2 --average-kind blend
-        --no-compile""",
-    "head MTP, AdamW": f"""--track tiny --dataset nano {SMALL} --device-batch 4 --optimizer adamw
-        --average-kind ema --meta-norm 0 --no-compile""",
+        --checkpointing --no-compile""",
     "compiled": f"--track nano {SMALL} {REPLAY} --device-batch 16",
     "episodes": """--track nano --seq-len 32 --batch-tokens 128 --n-layer 12 --replay none --n-head 2
         --n-embd 256 --mtp none --device-batch 1 --meta-norm 0.1 --meta-sequences 2 --max-steps 2 --no-compile

@@ -7,7 +7,7 @@ import pytest
 from conftest import slow
 from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
 
-FLAGS = """--track nano --seq-len 32 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
+FLAGS = """--track nano --seq-len 32 --batch-tokens 256 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
     --no-compile --dtype float32""".split()
 
 @pytest.fixture

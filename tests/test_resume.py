@@ -309,7 +309,7 @@ def assert_survives(mortal, train, name, reference, flags, places):  # noqa: F81
         assert outcome.stderr == "" and outcome.codes == [-signal.SIGKILL if place else 0], (place, outcome)
     assert_equal(mortal / "runs" / name, reference)
 
-@pytest.mark.parametrize("place", ["run.json", "scoring"])
+@pytest.mark.parametrize("place", [slow("run.json"), "scoring"])
 def test_torchrun_starts_the_ranks_again(mortal, unbroken, train, place):  # noqa: F811
     """The same command goes on with the run of its launch, if that has begun; and never does one twice."""
     name = "launch" + place[-4:]
@@ -431,6 +431,7 @@ def test_foreign_optimizer_wants_as_many_ranks(stopped, train, mortal):  # noqa:
     assert outcome.codes == [2]
     assert re.fullmatch(r"error: [^\n]*2 ranks[^\n]*\n", outcome.stderr), outcome.stderr
 
+@pytest.mark.slow
 def test_only_one_process_trains_in_a_folder(begin, mortal):  # noqa: F811
     first = begin("alone", *RUN, "--run-name", "alone", "--epochs", "99")
     outcome = train_alone(mortal, "--resume", "alone")

@@ -448,14 +448,14 @@ def refused(project, train):
     ("--track nan0", "nano"),
     ("nano", "nano"),
     ("--epochs three", "int"),
-    ("--n-head 3", "--n-embd 32"),
+    slow("--n-head 3", "--n-embd 32"),
     ("--device-batch 3", "8 sequences"),
     ("--seq-len 2048 --batch-tokens 2048", "--seq-len"),
-    ("--run-name ..", "--run-name"),
-    ("--seed 12345678901234567890", "2^31"),
-    ("--run-name " + 300 * "x", "100 letters"),
+    slow("--run-name ..", "--run-name"),
+    slow("--seed 12345678901234567890", "2^31"),
+    slow("--run-name " + 300 * "x", "100 letters"),
     ("--optimizer pydoc:pipepager", "no installed distribution"),
-    ("--optimizer torch.nn:Linear", "no subclass of torch.optim.Optimizer"),
+    slow("--optimizer torch.nn:Linear", "no subclass of torch.optim.Optimizer"),
     ("--resume x --run-name y", "--run-name y"),
     ("--ranks-per-member 2", "1 ranks"),
 ])
@@ -516,7 +516,6 @@ def test_a_run_ends_where_its_dataset_is_bad(refused, project, tmp_path):
     error = refused(*SHORT, "--data", tmp_path / "data")
     assert "digest" in error and "./run.sh data short" in error
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number, advice", [
     ("ENOSPC", "make room there"), ("EFBIG", "raise ulimit -f"), ("EMFILE", "raise ulimit -n"),
     ("EROFS", "mount it for writing"), ("EACCES", "see to its permissions"),
@@ -530,8 +529,10 @@ def test_trouble_of_the_machine_is_one_line(capsys, number, advice):
     assert said == f"error: cannot write runs/a/log.txt: Words of the system; {advice}\n"
 
 @pytest.mark.parametrize("batch, advice", [(12, "--device-batch 6"), (1, "--checkpointing")])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+])
 def test_out_of_memory_names_the_batch_to_try(capsys, batch, advice, error):
     def main(stop):
         stop.device_batch = batch
@@ -541,6 +542,7 @@ def test_out_of_memory_names_the_batch_to_try(capsys, batch, advice, error):
         said = refused_here(capsys, lambda: logbook.launch(main))
     assert said.startswith(f"error: out of memory with --device-batch {batch}; try {advice}")
 
+@pytest.mark.slow
 def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, tmp_path):
     """torchrun ends the other ranks when one has failed; the one that speaks must not be among them."""
     late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
@@ -552,7 +554,7 @@ def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, t
 
 # ---- Trouble on the way ------------------------------------------------------------------------------------
 
-@pytest.fixture(params=["32k", "300k"], ids=["at the start", "at the first checkpoint"])
+@pytest.fixture(params=["32k", "350k"], ids=["at the start", "at the first checkpoint"])
 def full_disk(request, project):
     """A clone whose runs/ lie on a disk that cannot hold the source, or that can, but no checkpoint."""
     folder = project.parent / f"small disk {request.param}"

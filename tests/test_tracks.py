@@ -172,19 +172,6 @@ def test_counts(run, track):
     assert result["val_evaluations"] == looks
     assert len(metrics(folder, "ensemble")) == (members if members > 1 else 0)
 
-@pytest.mark.slow
-def test_an_ensemble_beats_its_best_member(project, train):  # noqa: F811
-    """On a chain that a member has learned as well as it can from these tokens."""
-    more = ["--dataset", "nano", "--distill", 0, "--epochs", 4, "--replay-from-epoch", 3,
-            "--batch-tokens", 16 * T, "--lr-scale", 1]
-    outcome = train(project, *flags("nano_unlimited"), *more, "--run-name", "ensemble")
-    assert outcome.codes == [0], outcome.stderr
-    result = result_of(project / "runs/ensemble")
-    best = min(member["val_loss"] for member in result["members"])
-    start = metrics(project / "runs/ensemble", "eval")[0]["loss"]
-    assert best < start - 2 and result["val_loss"] < best - 0.002
-    print(result["val_loss"], [member["val_loss"] for member in result["members"]])
-
 @pytest.mark.parametrize(("flags", "name", "reason"), [
     ("avx2", None, "no bfloat16 units"),
     ("avx2", "float32", "--dtype"),
