@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 torch.set_num_threads(1)
 torch.compiler.set_stance("force_eager")
 

@@ -516,6 +516,21 @@ def test_a_run_ends_where_its_dataset_is_bad(refused, project, tmp_path):
     error = refused(*SHORT, "--data", tmp_path / "data")
     assert "digest" in error and "./run.sh data short" in error
 
+def test_tokens_that_are_edited_while_it_runs_make_no_record(tmp_path):
+    make_dataset(tmp_path / "nano", "nano", train=1_300, val=620, audit=500)
+    data = harness.Dataset(tmp_path / "nano", "")
+    assert data.changed() == []
+    with open(tmp_path / "nano/val.bin", "r+b") as file:
+        file.seek(1100)
+        file.write(b"\x01\x00\x02\x00")
+    assert data.changed() == ["val"]
+    result = {"training_flops": 1e9, "executed_flops": 1.2e9, "data": {"name": "nano", "val_tokens": 9}}
+    assert harness.violations("nano", result, False, data.changed(), False) == [
+        "scored on the first --val-tokens only",
+        "tokens were edited while it ran: val",
+        "its products take 1.2e+09 FLOPs, over 1.1 of what it states",
+    ]
+
 @pytest.mark.parametrize("number, advice", [
     ("ENOSPC", "make room there"), ("EFBIG", "raise ulimit -f"), ("EMFILE", "raise ulimit -n"),
     ("EROFS", "mount it for writing"), ("EACCES", "see to its permissions"),
