@@ -202,14 +202,18 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
 
 # ---- The plan ----------------------------------------------------------------------------------------------
 
-def matmul_peak(dtype):
-    """FLOP/s of this CPU's 2048^3 product, the best of half a second; one takes long in a foreign dtype."""
-    a, times = torch.randn(2048, 2048, dtype=dtype), []
+def matmul_peak(dtype, device="cpu", size=2048):
+    """FLOP/s of a size^3 product, the best of half a second; one takes long in a foreign dtype."""
+    a, times = torch.randn(size, size, dtype=dtype, device=device), []
     while sum(times) < 0.5:
         began = time.perf_counter()
-        a @ a
+        (a @ a)[0, 0].item()  # which waits for the device
         times.append(time.perf_counter() - began)
-    return 2 * 2048 ** 3 / min(times)
+    return 2 * size ** 3 / min(times)
+
+def process_memory():
+    """Bytes that this process held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -258,7 +262,6 @@ def main(argv=None):
     state = memory["weights"] + team_size * memory["optimizer"]
     field, cap = next(iter(rules(args.track)["cap"].items()), ("training_flops", math.inf))
     used = {"training_flops": flops, "gpu_seconds": seconds * ranks}[field]
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     one, size = schedules[-1], lambda count: f"{count / 2 ** 30:,.3f} GiB"
     held = sum(memory.values())
     fits = f"; fits 80 GB: {'yes' if held < 77 * 2 ** 30 else 'NO'}" if kernel == "cuda" else ""
@@ -271,7 +274,7 @@ def main(argv=None):
         ("in all", f"{c.members} member(s), {team.teams} side by side, {flops:.4g} training FLOPs"),
         ("memory", f"{size(held)} per rank of {ranks}, device batch {args.device_batch}: " +
                    ", ".join(f"{name} {size(part)}" for name, part in memory.items() if part) + fits),
-        *[("process", f"{size(process)} or more on top for Python, torch and its compiler, as here, "
+        *[("process", f"{size(process_memory())} or more on top for Python, torch and its compiler, as here, "
                       f"what the allocator wastes, and {size(memory['weights'] + memory['optimizer'])} while "
                       f"a state is saved")] * (kernel == "cpu"),
         ("time", f"{seconds / 3600:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank, an "

@@ -8,13 +8,13 @@ minutes that one spends before one rents hours.
 
 It takes all flags of train_gpt.py, and trains at full size on tokens that mean nothing: two steps of each
 variant that the run will have (replayed layers, windows, passes, with and without a teacher), a part of the
-scoring, one saved state. First it compares what this device computes with plain float64. It leaves nothing
-behind. Exit code 0: right, and the cap holds; 1: not, with the reason; 2: a mistake in the command.
+scoring, one saved state. First it compares what this device computes with float64, or with float32 on the
+CPU. It leaves nothing behind. Exit code 0: right, and the cap holds; 1: not, with the reason; 2: a mistake in
+the command.
 """
 import dataclasses
 import functools
 import math
-import resource
 import shutil
 import statistics
 import sys
@@ -139,12 +139,6 @@ def seconds(device, function):
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
-def peak_memory(device):
-    """Bytes: of a GPU what tensors held at most, of a CPU's process all that it had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
 def make_step(t, schedule, variant, tokens):
     """A function that takes one whole step of the variant, as train_member does."""
     (mode, ahead, taught), c, run = variant, schedule.c, t.run
@@ -171,16 +165,14 @@ def rehearse(args, c, run, say):
     vocab_size, count, _ = plan.DATASETS[c.dataset]
     run.data = SimpleNamespace(vocab_size=vocab_size, splits={"train": made_up(count, vocab_size)})
     t = train_gpt.Training(run)
-    variants = Counter()
-    for member in t.own:
-        s = t.schedules[member]
-        variants.update((s, (s.mode(step), len(s.ahead(step)), s.c.distill > 0)) for step in range(s.end))
-    by_kind = {}  # one schedule of each kind of step will do; members differ in their seeds
-    for (s, variant), steps in variants.items():
-        known, before = by_kind.get((variant, s.c.batch_tokens), (s, 0))
-        by_kind[variant, s.c.batch_tokens] = known, before + steps
-    training = 0.0
-    for (variant, batch_tokens), (s, steps) in sorted(by_kind.items(), key=lambda item: item[0]):
+    counts, schedules, training = Counter(), {}, 0.0  # of steps of one kind; one that has such steps
+    for s in (t.schedules[member] for member in t.own):
+        for step in range(s.end):
+            kind = (s.mode(step), len(s.ahead(step)), s.c.distill > 0), s.c.batch_tokens
+            counts[kind] += 1
+            schedules[kind] = s
+    for (variant, batch_tokens), steps in sorted(counts.items()):
+        s = schedules[variant, batch_tokens]
         step, supply = make_step(t, s, variant, run.data.splits["train"])
         first = seconds(run.device, step)
         took = statistics.median(seconds(run.device, step) for _ in range(TIMED))
@@ -190,7 +182,7 @@ def rehearse(args, c, run, say):
         say(f"{steps:5d} steps of {took * 1000:,.0f} ms: {batch_tokens / took:,.0f} tokens/s, "
             f"{flops / run.peak:.0%} of the product's speed, the first in {first:.0f} s\n"
             f"{'':24} {variant[0]}{' taught' * variant[2]}")
-    mode, model = max(mode for (mode, *_), _ in by_kind), train_gpt.frozen(t.model)
+    mode, model = max(mode for (mode, *_), _ in counts), train_gpt.frozen(t.model)
     part = torch.from_numpy(made_up(run.args.device_batch * (c.seq_len + 1), vocab_size))
     part = part.view(-1, c.seq_len + 1).to(run.device)
     score = lambda: model.target_logprobs(part, mode)
@@ -206,7 +198,8 @@ def rehearse(args, c, run, say):
     shutil.rmtree(folder, ignore_errors=True)  # the ranks of a node share it
     say(f"{'scoring':<24} {batch * looks:,.1f} s for val, {scoring / 60:,.1f} min in all")
     say(f"{'a saved state':<24} {saving:.1f} s")
-    return (training, scoring, peak_memory(run.device)), t.flops(range(c.members))
+    memory = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else plan.process_memory()
+    return (training, scoring, memory), t.flops(range(c.members))
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -224,7 +217,7 @@ def main(stop, argv=None):
     world = join_ranks(device, args)
     team = make_team(args.ranks_per_member or world.size, timedelta(minutes=args.timeout))
     check_batch(c, args, team.size)
-    args.seed = args.seed or 42
+    stop.device_batch, args.seed = args.device_batch, 42
     say = functools.partial(print, flush=True) if world.rank == 0 else lambda _: None
     say(f"{args.track}: {world.size} x {name}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
         f"device batch {args.device_batch}")
@@ -234,8 +227,7 @@ def main(stop, argv=None):
         dist.destroy_process_group()
         sys.exit(1)
     size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    peak = 2 * size ** 3 / statistics.median(seconds(device, lambda: a @ a) for _ in range(5))
+    peak = plan.matmul_peak(dtype, device, size)
     say(f"{'a product of ' + str(size):<24} {peak / 1e12:,.3g} TFLOP/s per rank")
     train_gpt.setup_compile(args.compile, device)
     run = SimpleNamespace(c=c, args=args, team=team, device=device, dtype=dtype, folder=Path(), peak=peak)

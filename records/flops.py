@@ -16,8 +16,10 @@ TOLERANCE = 1e-3
 PATIENCE = 120  # seconds
 
 PROGRAM = """
-import json, sys
+import json, resource, sys
 from types import SimpleNamespace
+resource.setrlimit(resource.RLIMIT_DATA, (2 ** 34, 2 ** 34))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))  # of what it prints
 sys.path.insert(0, sys.argv[1])
 import train_gpt
 config, tokens, vocab_size, teams = json.loads(sys.argv[2])
@@ -37,14 +39,18 @@ def counted(sources, config, dataset, teams):
         if not (way := confinement(folder, folder)):
             return None
         command = [*WAYS[way](view(folder, folder), root), sys.executable, "-I", "-B", "-c", PROGRAM]
-        try:
-            done = subprocess.run([*command, folder, question], capture_output=True, text=True,
-                                  env=environment() | {"HOME": "/tmp"}, timeout=PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise Refused(f"its source counts FLOPs for more than {PATIENCE} seconds") from None
-    words = printable((done.stderr.strip() or "nothing").splitlines()[-1])[:200]
-    need(done.returncode == 0, f"its source does not count its FLOPs: {words}")
-    return parse_json(done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "", "what it counts")
+        with open(Path(root, "said"), "w+") as said:
+            try:
+                done = subprocess.run([*command, folder, question], stdout=said, stderr=said,
+                                      env=environment() | {"HOME": "/tmp"}, timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                raise Refused(f"its source counts FLOPs for more than {PATIENCE} seconds") from None
+            said.seek(0)
+            last = printable((said.read().strip() or "nothing").splitlines()[-1])[:200]
+    need(done.returncode == 0, f"its source does not count its FLOPs: {last}")
+    found = parse_json(last, "what its source counts")
+    need(isinstance(found, float), f"its source does not count its FLOPs: {last}")
+    return found
 
 def check_flops(entry):
     """Those that the runs state are what their source counts, or less where a run was stopped early."""

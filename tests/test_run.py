@@ -516,6 +516,18 @@ def test_a_run_ends_where_its_dataset_is_bad(refused, project, tmp_path):
     error = refused(*SHORT, "--data", tmp_path / "data")
     assert "digest" in error and "./run.sh data short" in error
 
+def test_quick_looks(project, train):
+    """At the first tokens of val and audit alone, and between the epochs."""
+    flags = "--val-tokens 200 --eval-every 2 --save-every 0 --run-name look".split()
+    outcome = train(project, *SHORT, *flags)
+    assert outcome.codes == [0] and outcome.stderr == "", outcome.stderr
+    run, sequences = project / "runs/look", 200 // (T + 1)
+    docs = np.load(run / "doc_losses.npz")
+    assert docs["val_tokens"].sum() == docs["audit_tokens"].sum() == sequences * T
+    assert [row["step"] for row in metrics(run, "eval")] == [0, 2, 4, 5, 6, 8, 10]
+    assert len(re.findall(r"^look +\d/2 +step +\d+ +val", outcome.stdout, re.M)) == 4
+    assert "scored on the first --val-tokens only" in result_of(run)["violations"]
+
 def test_tokens_that_are_edited_while_it_runs_make_no_record(tmp_path):
     make_dataset(tmp_path / "nano", "nano", train=1_300, val=620, audit=500)
     data = harness.Dataset(tmp_path / "nano", "")
