@@ -22,7 +22,6 @@ from entry import (
     read,
     read_json,
     read_text,
-    unpack,
     why_unfinished,
 )
 from verdict import verdict_of
@@ -126,8 +125,7 @@ def curve(entry):
         path = folders[0] / "metrics.jsonl"
         rows = [parse_json(line, path) for line in read_text(path).splitlines()] if path.exists() else []
     elif "metrics" in run:
-        packed = entry.files[run["metrics"]]
-        rows = [parse_json(line, run["metrics"]) for line in unpack(packed, run["metrics"]).splitlines()]
+        rows = evidence.rows_of(entry.files[run["metrics"]], run["metrics"])
     try:
         steps = [row["loss"] for row in rows if row["kind"] == "step"]
         evaluated = [(row["at"], row["loss"]) for row in rows if row["kind"] == "eval"]

@@ -17,8 +17,6 @@ Charts are uPlot 1.6.32 (MIT, from npm, as it was released, its licence beside i
 dependencies, a fraction of Chart.js or of Observable Plot with its D3. It draws on a canvas, which says
 nothing to who can't see it, so each chart has its summary and its numbers in text beside it.
 """
-import difflib
-import gzip
 import json
 import re
 import shutil
@@ -27,13 +25,16 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import changes
+import evidence
 import jinja2
 import numpy as np
 import stats
-from entry import Refused, before, history, need, read_json, stood
+from entry import Refused, history, need, read_json, sources_of, stood
 from markdown_it import MarkdownIt
 from markupsafe import Markup
-from verdict import evidence, judge
+from verdict import evidence as how_sure
+from verdict import judge, rivals
 
 RECORDS = Path(__file__).resolve().parent
 ASSETS = RECORDS / "website"
@@ -45,20 +46,10 @@ GENERATOR = '<meta name="generator" content="slowrun">'  # by this a folder is k
 
 # ---- Curves ------------------------------------------------------------------------------------------------
 
-SOURCE = re.compile(rb"source (\S+) (\d+) bytes sha256 [0-9a-f]{64}\n")
 NUMBER = r"\d+\.\d+"
 LINE = re.compile(rf"step +\d+/\d+ +train (?P<train>{NUMBER}) +(?P<seconds>{NUMBER}) s$"
                   rf"|epoch .* val (?P<eval>{NUMBER}) "
                   rf"|member .* members so far (?P<ensemble>{NUMBER})$")
-
-def opened(log):
-    """({file name: source}, text): the sources that a log begins with, and the run's lines after them."""
-    sources = {}
-    while header := SOURCE.match(log):
-        end = header.end() + int(header[2])
-        sources[header[1].decode()] = log[header.end():end].decode(errors="replace")
-        log = log[end + 1:]
-    return sources, log.decode(errors="replace")
 
 def curve_of_log(text):
     """{"step": [(seconds, loss)], "eval" and "ensemble": [(steps before it, loss)]} of a run, over all its
@@ -78,11 +69,10 @@ def curve_of_log(text):
         curve["step"].append(row)
     return curve
 
-def curve_of_metrics(path):
-    """The same of metrics_seed<k>.jsonl.gz, the run's metrics.jsonl."""
+def curve_of_metrics(rows):
+    """The same of the rows of metrics.jsonl."""
     curve = {"step": [], "eval": [], "ensemble": []}
-    for line in gzip.decompress(path.read_bytes()).decode().splitlines():
-        row = json.loads(line)
+    for row in rows:
         if row["kind"] == "step":
             curve["step"].append((row["seconds"], row["loss"]))
         elif row["kind"] in curve:
@@ -104,9 +94,10 @@ def thinned(curve):
 def curves(entry):
     """One for each run, in their order."""
     for run in entry.runs:
-        metrics = Path(entry.name, f"metrics_seed{run['seed']}.jsonl.gz")
-        log = opened(entry.files[run["log"]])[1]
-        whole = curve_of_metrics(metrics) if metrics.exists() else curve_of_log(log)
+        if "metrics" in run:
+            whole = curve_of_metrics(evidence.rows_of(entry.files[run["metrics"]], entry.name))
+        else:  # filed before metrics were
+            whole = curve_of_log(sources_of(entry.files[run["log"]], entry.name)[1])
         yield {"name": f"seed {run['seed']}", **thinned(whole)}
 
 
@@ -150,13 +141,6 @@ def key(entry):
     """Names its page and its data."""
     return f"{entry.track}-{entry.number:02d}"
 
-def rival_of(entry):
-    """(the entry that it is measured by, the verdict); (None, None) for the first of a track."""
-    verdict = judge(entry)
-    if verdict is None:
-        return None, None
-    return next(old for old in before(entry) if f"#{old.number}" == verdict.against), verdict
-
 def number(value):
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
@@ -194,16 +178,6 @@ def configuration(entry, rival):
 def shown_config(entry):
     return {field: shown(value) for field, value in entry.runs[0]["config"].items()} if entry else {}
 
-def source_changes(entry, rival):
-    """The lines of a unified diff of the sources: changes.diff, or made from what the two logs embed."""
-    filed = Path(entry.name, "changes.diff")
-    if filed.exists():
-        return filed.read_text(errors="replace").splitlines()
-    old, new = (opened(one.files[one.runs[0]["log"]])[0] for one in (rival, entry))
-    return [line for name in {**old, **new} for line in difflib.unified_diff(
-        old.get(name, "").splitlines(), new.get(name, "").splitlines(), f"#{rival.number}/{name}",
-        f"#{entry.number}/{name}", lineterm="")]
-
 def readme(entry):
     """README.md as HTML: without its title and its own HTML, and with links only to the web. An image, which
     would be loaded from there, is a link too."""
@@ -215,11 +189,11 @@ def readme(entry):
 
 def page_of(entry):
     """What the template of an entry shows."""
-    rival, verdict = rival_of(entry)
+    rival, verdict = (rivals(entry) or [None])[0], judge(entry)
     return {"entry": entry, "record": entry.record, "key": key(entry), "rival": rival, "verdict": verdict,
-            "rival_key": rival and key(rival), "evidence": evidence(entry), "facts": facts(entry),
+            "rival_key": rival and key(rival), "evidence": how_sure(entry), "facts": facts(entry),
             "configuration": configuration(entry, rival), "readme": readme(entry),
-            "changes": source_changes(entry, rival) if rival else []}
+            "changes": changes.diff(entry, rival).splitlines() if rival else []}
 
 def data_of(entry):
     """What the script needs of an entry, to draw it and to compare it."""
@@ -237,7 +211,7 @@ def boards():
     return {name: row["rule"] for name, row in tracks.items() if row["board"] == name}
 
 def row_of(entry, stands):
-    record, verdict = entry.record, rival_of(entry)[1]
+    record, verdict = entry.record, judge(entry)
     minutes = mean(entry, "train_seconds") / 60
     return {"track": entry.track, "kind": record["kind"], "number": f"{entry.number}", "order": entry.number,
             "stands": stands, "verdict": verdict, "passes": verdict and verdict.z >= stats.GATE,

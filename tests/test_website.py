@@ -1,6 +1,7 @@
 """The website, as people meet it: written by its command, opened from the disk in a headless Chromium."""
 
 import gzip
+import hashlib
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "records"))
 import stats  # noqa: E402
 import website  # noqa: E402
+from entry import sources_of  # noqa: E402
 
 ATTACK = "\"'><img src=x onerror=hit=1><script>hit=2</script><b"
 ROWS = json.loads((ROOT / "records/published.json").read_text())["records"]
@@ -56,13 +58,16 @@ def root(tmp_path_factory):
     for result in record["runs"]:
         result["config"][ATTACK] = ATTACK
         result["machine"]["name"] = ATTACK
-    (evil / "record.json").write_text(json.dumps(record))
     (evil / "README.md").write_text(README)
-    (evil / "changes.diff").write_text(f"--- a\n+++ b\n-{ATTACK}\n+</span></code></pre>{ATTACK}\n")
     rows = [{"kind": "step", "loss": 9 - 0.01 * at, "seconds": at + 1.0, "at": at} for at in range(500)]
     rows.append({"kind": "eval", "loss": 4.0625, "at": 500})
     metrics = "".join(f"{json.dumps(row)}\n" for row in rows)
-    (evil / "metrics_seed42.jsonl.gz").write_bytes(gzip.compress(metrics.encode()))
+    packed = gzip.compress(metrics.encode())
+    (evil / "metrics_seed42.jsonl.gz").write_bytes(packed)
+    first = record["runs"][0]
+    first |= {"metrics": "metrics_seed42.jsonl.gz", "metrics_sha256": hashlib.sha256(packed).hexdigest()}
+    first["config"]["</span></code></pre>"] = ATTACK
+    (evil / "record.json").write_text(json.dumps(record))
     return root
 
 @pytest.fixture(scope="module")
@@ -76,14 +81,15 @@ def site(root, tmp_path_factory):
 
 def test_the_sources_of_a_log_are_told_from_its_lines():
     def embedded(name, source):
-        return f"source {name} {len(source.encode())} bytes sha256 {'0' * 64}\n{source}\n".encode()
+        digest = hashlib.sha256(source).hexdigest()
+        return f"source {name} {len(source)} bytes sha256 {digest}\n".encode() + source + b"\n"
 
     text = "step       1/9  train 8.0000  1.0 s\n"
-    train, harness = "loss = 'ü'\nsource harness.py 3 bytes\n", "x"
+    train, harness = "loss = 'ü'\nsource harness.py 3 bytes\n".encode(), b"x"
     one = embedded("train_gpt.py", train)
     two = one + embedded("harness.py", harness)
-    assert website.opened(one + text.encode()) == ({"train_gpt.py": train}, text)
-    assert website.opened(two + text.encode()) == ({"train_gpt.py": train, "harness.py": harness}, text)
+    assert sources_of(one + text.encode(), "it") == ({"train_gpt.py": train}, text)
+    assert sources_of(two + text.encode(), "it") == ({"train_gpt.py": train, "harness.py": harness}, text)
 
 def test_the_steps_that_a_resumed_run_repeats_count_once():
     text = """start  val 8.3 before training
