@@ -492,6 +492,8 @@ def beyond_vocabulary(folder):
     (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json"),
     (lambda folder: (folder / "manifest.json").write_text("{}"), "manifest.json"),
     (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json"),
+    (lambda folder: (folder / "val.bin").write_bytes(struct.pack("<256i", 20240520, 1, *254 * [0])),
+     "holds no tokens"),
     (lambda folder: (folder / "audit.bin").unlink(), "audit.bin is missing"),
     (lambda folder: os.truncate(folder / "val.bin", 1500), "truncated"),
     (lambda folder: os.truncate(folder / "val.bin", 100), "val.bin"),
