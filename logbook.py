@@ -31,9 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import checkpoint as dcp
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
 SOURCE = Path(__file__).read_bytes()  # read first: the log holds what ran, whatever is edited meanwhile
@@ -79,8 +77,6 @@ def launch(main):
     stop = StopSignal()
     try:
         main(stop)
-    except dcp.CheckpointException as error:  # the same on all ranks
-        fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             smaller = [b for b in range(1, stop.device_batch) if stop.device_batch % b == 0]
@@ -438,6 +434,9 @@ class Keeper:
     """
 
     def __init__(self, log, optimizer, team):
+        # Here, as the second that these take is a third of what all else does: --help need not wait for them.
+        from torch.distributed import checkpoint, tensor
+        self.checkpoint, self.tensor = checkpoint, tensor
         self.folder, self.log = log.folder / f"state{log.suffix}", log
         self.optimizer, self.team, self.mesh = optimizer, team, DeviceMesh.from_group(team.side, "cpu")
         self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
@@ -451,9 +450,10 @@ class Keeper:
     def shards(self):
         """A copy of the groups' tensors, unpadded, as this rank's part of distributed ones."""
         local = lambda group, part: part[:group.own].to("cpu", copy=True)
-        return {f"{i}": {name: DTensor.from_local(local(group, part), self.mesh, [Shard(0)], run_check=False,
-                                                  shape=(group.units, *part.shape[1:]), stride=part.stride())
-                         for name, part in group.tensors().items()}
+        whole = lambda group, part: self.tensor.DTensor.from_local(
+            local(group, part), self.mesh, [self.tensor.Shard(0)], run_check=False,
+            shape=(group.units, *part.shape[1:]), stride=part.stride())
+        return {f"{i}": {name: whole(group, part) for name, part in group.tensors().items()}
                 for i, group in enumerate(self.optimizer.groups)}
 
     def inner_states(self):
@@ -473,7 +473,7 @@ class Keeper:
         temporary = self.folder / f"step_{progress['updates']:07d}.tmp"
         temporary.mkdir(exist_ok=True)
         (temporary / f"inner_{self.team.rank}.pt").write_bytes(inner)
-        dcp.save(shards, checkpoint_id=temporary, process_group=self.team.side)
+        self.checkpoint.save(shards, checkpoint_id=temporary, process_group=self.team.side)
         if self.team.rank == 0:
             write_json(temporary / "progress.json", progress)
             digests = {file.name: digest(np.memmap(file, mode="r")) for file in temporary.iterdir()}
@@ -484,15 +484,18 @@ class Keeper:
 
     def wait(self):
         """Until the state that is being written is on the disk; raises what went wrong."""
-        if self.writing is not None:
-            self.writing.result()
+        try:
+            if self.writing is not None:
+                self.writing.result()
+        except self.checkpoint.CheckpointException as error:  # the same on all ranks
+            fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
 
     def restore(self):
         """Loads the newest sound state in place; -> its progress, or None where there is no state."""
         path, progress = on_main(self.team, self.newest)
         if path:
             shards = self.shards()
-            dcp.load(shards, checkpoint_id=path, process_group=self.team.side)
+            self.checkpoint.load(shards, checkpoint_id=path, process_group=self.team.side)
             for i, group in enumerate(self.optimizer.groups):
                 for name, part in group.tensors().items():
                     part[:group.own].copy_(shards[f"{i}"][name].to_local())

@@ -20,9 +20,11 @@ def bench(tmp_path_factory):
         shutil.copy(ROOT / name, folder / name)
     make_dataset(folder / "data/nano", "nano", train=20_000, val=3_080, audit=2_500)
     command = [sys.executable, folder / "tests/bench.py", "--track", "smoke"]
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # to compile takes most of a minute
-    return lambda *arguments: subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment)
+    # To compile takes most of a minute; with the heap's settings it need not start itself again.
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    heap = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+    return lambda *arguments, env=environment | heap: subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=env)
 
 def test_a_table_of_the_parts_that_were_asked_for(bench):
     outcome = bench("attention", "optimizer", "--rounds", "1")

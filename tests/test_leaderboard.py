@@ -571,11 +571,12 @@ def test_a_real_run_is_filed_and_checked(tmp_path):
     skipped = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", ".hypothesis")
     clone = shutil.copytree(ROOT, tmp_path / "a clone", ignore=skipped)
     link_venv(clone)
-    flags = "--n-layer 2 --n-head 1 --n-embd 32 --replay 1-1 --epochs 1 --max-steps 4 --no-compile"
+    flags = "--n-layer 2 --n-head 1 --n-embd 32 --replay 1-1 --epochs 1 --max-steps 2 --no-compile"
     number = len(list((clone / "records/nano").glob("*/record.json"))) + 1
     filing = "--kind negative --slug short --title four-steps --contributors ada"
-    for command in (f"nano {flags} --run-name short", f"add short {filing}", "check", "render",
-                    "render --check", f"reproduce nano/{number} --seed 43 --max-steps 3 --no-compile"):
+    for command in (f"nano {flags} --run-name short", f"add short {filing}",
+                    f"check records/nano/{number:02d}_short", "render",
+                    f"reproduce nano/{number} --seed 43 --max-steps 1 --no-compile"):
         outcome = run_sh(clone, *command.split())
         assert outcome.codes == [0], (command, outcome.stderr)
         for readme in clone.glob("records/nano/*_short/README.md"):

@@ -207,14 +207,13 @@ def run(project, train):  # noqa: F811
     return run
 
 @pytest.mark.slow
-def test_a_run_is_the_same_on_one_two_and_four_ranks(run):
+def test_a_run_is_the_same_on_one_and_four_ranks(run):
     """
     On two, limited and tiny are in test_tracks. With students, whose teacher gives lessons in episodes too.
     """
     flags = "--members 2 --distill 0.5 --average-kind weights".split()
-    one, two, four = (losses(run(*EPISODES, *flags, ranks=ranks)) for ranks in (1, 2, 4))
+    one, four = (losses(run(*EPISODES, *flags, ranks=ranks)) for ranks in (1, 4))
     plain = losses(run(*flags))
-    np.testing.assert_allclose(two, one, rtol=5e-6)
     np.testing.assert_allclose(four, one, rtol=5e-6)
     assert np.abs(np.subtract(plain, one)).max() > 1e-3  # the lengths are large enough to see a difference
 
