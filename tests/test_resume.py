@@ -349,8 +349,6 @@ KINDS = {
     "weights in bfloat16": (1, """--dtype bfloat16 --epochs 3 --average-kind weights --average-weights equal
         --window-stages 1,0.25,0.5 3,0.5,1 --passes 2 --mtp head --values table --xsa learned
         --gate-optimizer adamw --optimizer adamw""", ["member 0 step 7", ("an old checkpoint's end", 2)]),
-    "a foreign optimizer": (2, "--optimizer torch.optim:AdamW --average-kind weights",
-                            ["member 0 step 4", "member 0 step 8"]),
 }
 
 @pytest.mark.slow
@@ -683,7 +681,7 @@ LONE = ["--ranks-per-member", 1, *TEAMS[2:]]  # teams of one rank, which no coll
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hung, at, epochs", [
-    (0, "member 0 step 3", 99), (0, "member 2 step 3", 1), (1, "member 3 step 3", 1),
+    (0, "member 0 step 3", 99), (1, "member 3 step 3", 1),
 ])
 def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
     """Whether the other trains or waits for members."""
