@@ -269,6 +269,21 @@ def compile_parts(parts, wanted, device, backend):
     torch._dynamo.config.recompile_limit = 64  # one variant per kind of layer, for training and for scoring
     return "compiled"
 
+# Of a large product's speed, that training reaches: measured on CPUs, and what the published records took.
+SHARE = {torch.bfloat16: 0.42, torch.float32: 0.55}
+
+def matmul_peak(dtype, device="cpu", size=2048):
+    """FLOP/s of a size^3 product, the best of half a second; one takes long in a foreign dtype."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    product = lambda: (a @ a)[0, 0].item()  # which waits for the device
+    product()
+    times = []
+    while sum(times) < 0.5:
+        began = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - began)
+    return 2 * size ** 3 / min(times)
+
 class Products(TorchDispatchMode):
     """
     Counts the FLOPs of what torch's dispatcher executes: products of matrices, attention's kernels. Attention
@@ -355,6 +370,16 @@ class Run:
                  f"config {json.dumps(dataclasses.asdict(c))}", console=False)
         if shutil.which("nvidia-smi"):
             self.log(subprocess.run("nvidia-smi", capture_output=True, text=True).stdout, console=False)
+
+    def announce(self, flops, plan):
+        """Logs the contestant's plan, and above it how many minutes these FLOPs will roughly take here."""
+        size = 8192 if self.device.type == "cuda" else 1024
+        if flops > 1e12 * self.team.size and not self.args.resume:
+            speed = SHARE[self.dtype] * matmul_peak(self.dtype, self.device, size) * self.team.size
+            minutes = flops / speed / 60
+            hint = "; ./run.sh smoke shows a whole run in two" * (self.device.type == "cpu" and minutes > 9)
+            self.log(f"       about {minutes:.0f} minutes of training here, judged by matrix products{hint}")
+        self.log(f"plan   {plan}, {flops:.3g} FLOPs")
 
     def warm_up(self, variants, throw_away, stated):
         """
@@ -446,7 +471,7 @@ class Run:
     def end_steps(self):
         self.clock.stop()
         self.bar.close()
-        self.keeper.wait()
+        self.wait_for_state()
 
     def report(self, step, loss, squares, **more):
         """A step's Report, which also tells all ranks whether one of them should save or stop."""
@@ -480,9 +505,17 @@ class Run:
             self.keeper.save(self.progress | {"metrics_bytes": file.tell(), "segments": self.clock.segments,
                                               "wall_seconds": self.wall_seconds()})
 
+    def wait_for_state(self):
+        """Until the newest state is on the disk; if that takes long, a line counts the seconds."""
+        with self.progress_bar(desc="saving the state", bar_format="{desc}: {elapsed}", delay=0.3,
+                               leave=False) as bar:
+            while not self.keeper.done(within=0.1):
+                bar.update()
+        self.keeper.wait()
+
     def leave(self):
         """Ends the run because a signal has come."""
-        self.keeper.wait()
+        self.wait_for_state()
         dist.barrier(group=self.team.group)
         step = self.progress["step"] - 1
         logbook.quit_run(75, f"stopped by a signal after step {step}; to go on: "

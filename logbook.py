@@ -22,8 +22,9 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -334,6 +335,12 @@ def pick_device(args):
 
 # ---- The log -----------------------------------------------------------------------------------------------
 
+def folded(text):
+    """The text in lines as long as the terminal's, where words have room."""
+    fold = functools.partial(textwrap.fill, width=shutil.get_terminal_size().columns, break_long_words=False,
+                             subsequent_indent=" " * 7, break_on_hyphens=False)
+    return "\n".join(map(fold, text.split("\n")))
+
 class RunLog:
     """
     The run folder's text: console and log.txt, metrics.jsonl, loss.svg. Every rank keeps the metrics, the
@@ -367,7 +374,7 @@ class RunLog:
             with open(self.folder / f"log{self.suffix}.txt", "a") as file:
                 print(text, file=file)
             if console and not self.team.index:
-                tqdm.write(text)
+                tqdm.write(folded(text) if sys.stdout.isatty() else text)
 
     def metric(self, kind, **values):
         values["at"] = len(self.metrics["step"])  # steps before it, of all members
@@ -439,7 +446,7 @@ class Keeper:
         self.checkpoint, self.tensor = checkpoint, tensor
         self.folder, self.log = log.folder / f"state{log.suffix}", log
         self.optimizer, self.team, self.mesh = optimizer, team, DeviceMesh.from_group(team.side, "cpu")
-        self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
+        self.writer, self.writing, self.saved_at = futures.ThreadPoolExecutor(1), None, time.monotonic()
         on_main(team, self.clear)
 
     def clear(self):
@@ -481,6 +488,10 @@ class Keeper:
             temporary.rename(temporary.with_suffix(""))
             for old in sorted(self.folder.glob("step_???????"))[:-2]:
                 shutil.rmtree(old)
+
+    def done(self, within):
+        """Whether no state is being written, or none is after these seconds."""
+        return self.writing is None or bool(futures.wait([self.writing], within).done)
 
     def wait(self):
         """Until the state that is being written is on the disk; raises what went wrong."""

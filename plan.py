@@ -16,12 +16,12 @@ NCCL and the allocator's fragments come on top.
 """
 import functools
 import itertools
+import json
 import math
 import operator
 import resource
 import sys
 import textwrap
-import time
 import warnings
 import weakref
 from collections import Counter
@@ -37,8 +37,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import train_gpt
-from harness import check_batch
-from logbook import Team, fail, make_parser, parse_args, pick_device, rules
+from harness import SHARE, check_batch, matmul_peak
+from logbook import ROOT, Team, fail, make_parser, parse_args, pick_device, rules
 from train_gpt import (
     ATTENTION,
     TRACKS,
@@ -55,8 +55,8 @@ from train_gpt import (
     setup_compile,
 )
 
-# Vocabulary, training tokens and machine, for plans that are made before there is the data.
-DATASETS = {"nano": (4096, 1_000_000, "cpu"), "fineweb100M": (50257, 100_000_000, "cuda")}
+# What the datasets hold, for plans that are made before they are here.
+DATASETS = json.loads((ROOT / "data/tokens.json").read_text())
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------
@@ -202,15 +202,6 @@ def step_memory(c, args, vocab_size, dtype, kernel, team, variants):
 
 # ---- The plan ----------------------------------------------------------------------------------------------
 
-def matmul_peak(dtype, device="cpu", size=2048):
-    """FLOP/s of a size^3 product, the best of half a second; one takes long in a foreign dtype."""
-    a, times = torch.randn(size, size, dtype=dtype, device=device), []
-    while sum(times) < 0.5:
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()  # which waits for the device
-        times.append(time.perf_counter() - began)
-    return 2 * size ** 3 / min(times)
-
 def process_memory():
     """Bytes that this process held at most."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -221,11 +212,12 @@ def main(argv=None):
     parser.description = __doc__
     add = parser.add_argument_group("the machine").add_argument
     add("--ranks", type=int, metavar="N", help="GPUs, or processes of a CPU (default 8 GPUs, 1 process)")
-    add("--mfu", type=float, default=0.42, help="the share of the peak that training reaches (default 0.42)")
+    add("--mfu", type=float, help="share of the peak that training reaches (default 0.42, in float32 0.55)")
     add("--price", type=float, help="dollars per hour of a GPU (default 3), or of a CPU's process")
     args = parse_args(Config, TRACKS, argv, parser)
     c = Config(**args.fields)
-    vocab_size, tokens, kernel = DATASETS.get(c.dataset) or fail(f"a plan knows {', '.join(DATASETS)}")
+    data = DATASETS.get(c.dataset) or fail(f"a plan knows {', '.join(DATASETS)}")
+    vocab_size, kernel = data["vocab_size"], "cpu" if c.dataset == "nano" else "cuda"
     ranks = (1 if kernel == "cpu" else 8) if args.ranks is None else args.ranks
     team_size = args.ranks_per_member or ranks
     if ranks < 1:
@@ -235,12 +227,13 @@ def main(argv=None):
     if args.price is not None and not args.price >= 0:
         fail(f"--price {args.price:g} is out of range: 0 or more")
     price = 3.0 if args.price is None and kernel == "cuda" else args.price
-    if not 0 < args.mfu <= 1:
-        fail(f"--mfu {args.mfu:g} is out of range: more than 0, up to 1")
     team = Team(0, ranks // team_size, 0, team_size, None, None)
     check_batch(c, args, team_size)
     dtype = pick_device(args)[2] if kernel == "cpu" else torch.bfloat16
-    split = range(tokens - c.fitness_tokens)
+    mfu = SHARE[dtype] if args.mfu is None else args.mfu
+    if not 0 < mfu <= 1:
+        fail(f"--mfu {mfu:g} is out of range: more than 0, up to 1")
+    split = range(data["splits"]["train"]["tokens"] - c.fitness_tokens)
     schedules = [member_schedule(c, split, team, member, args.max_steps) for member in range(c.members)]
     members, distinct = Counter(s.c for s in schedules), {s.c: s for s in schedules}
     variants = {(*s.mode(step), len(s.ahead(step)), s.c.distill > 0)
@@ -257,7 +250,7 @@ def main(argv=None):
         parts[part if part in ("embed", "head", "blocks") else "the rest"] += p.numel()
     flops = sum(members[cm] * s.training_flops(vocab_size) for cm, s in distinct.items())
     peak = matmul_peak(dtype) / ranks if kernel == "cpu" else 989e12  # of this CPU's share, or of an H100
-    seconds = flops / (args.mfu * peak * ranks)
+    seconds = flops / (mfu * peak * ranks)
     kept = c.average if c.members == 1 and c.average_kind == "probs" else c.members
     state = memory["weights"] + team_size * memory["optimizer"]
     field, cap = next(iter(rules(args.track)["cap"].items()), ("training_flops", math.inf))
@@ -277,7 +270,7 @@ def main(argv=None):
         *[("process", f"{size(process_memory())} or more on top for Python, torch and its compiler, as here, "
                       f"what the allocator wastes, and {size(memory['weights'] + memory['optimizer'])} while "
                       f"a state is saved")] * (kernel == "cpu"),
-        ("time", f"{seconds / 3600:,.2f} hours at {args.mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank, an "
+        ("time", f"{seconds / 3600:,.2f} hours at {mfu:.0%} of {peak / 1e12:,.3g} TFLOP/s per rank, an "
                  f"assumption; on the machine itself --rehearse measures it"),
         *([] if price is None else
           [("price", f"${seconds / 3600 * ranks * price:,.2f} at ${price:g} per hour of a rank")]),

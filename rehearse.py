@@ -24,6 +24,7 @@ from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ import torch.distributed as dist
 
 import plan
 import train_gpt
-from harness import check_batch
+from harness import check_batch, matmul_peak
 from logbook import (
     Keeper,
     fail,
@@ -47,6 +48,7 @@ from logbook import (
 from train_gpt import TRACKS, Config, Mode, Noise, draw_noise, flops_per_token
 
 TIMED = 2  # steps of each variant, after one that compiles
+DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s of dense products in bfloat16
 
 
 # ---- Is it right here? -------------------------------------------------------------------------------------
@@ -157,12 +159,47 @@ def make_step(t, schedule, variant, tokens):
 
     return step, supply
 
+class Done:
+    """A collective that has nothing to do."""
+    wait = staticmethod(lambda: None)
+
+def say_collectives(t, step, took, say):
+    """How fast a step's sums and gathers are by themselves, and how much of their time the step hides."""
+    groups, device = t.optimizer.groups, t.run.device
+
+    def alone():
+        for group in groups:
+            group.start_reduce()
+        for group in groups:
+            group.reduce.wait()
+            group.gather().wait()
+
+    alone()
+    spent = statistics.median(seconds(device, alone) for _ in range(TIMED))
+    size = sum(group.grads.nbytes + group.values.nbytes for group in groups)
+    silent = {"start_reduce": lambda group: setattr(group, "reduce", Done), "gather": lambda group: Done}
+    with mock.patch.multiple(train_gpt.Group, **silent):
+        without = statistics.median(seconds(device, step) for _ in range(TIMED))
+    hidden = min(1.0, max(0.0, 1 - (took - without) / spent))
+    say(f"{'sums and gathers':<24} {spent * 1000:,.0f} ms by themselves, {size / spent / 1e9:.1f} GB/s; "
+        f"the step hides {hidden:.0%} of that")
+
+def largest_batch(sequences, batch, fixed, peak, most):
+    """
+    The largest device batch whose memory, which grows with it from `fixed` to `peak` bytes at `batch`, stays
+    below `most`: a divisor of the sequences that a rank, or half an episode, has; None where there is none.
+    """
+    each = (peak - fixed) / batch
+    return max((b for b in range(1, sequences + 1) if sequences % b == 0 and fixed + b * each <= most),
+               default=None)
+
 def rehearse(args, c, run, say):
     """
     -> (seconds of training that the whole run will take, of scoring, peak memory in bytes), its FLOPs. Teams
     train side by side: the times are those of this rank's own team.
     """
-    vocab_size, count, _ = plan.DATASETS[c.dataset]
+    data = plan.DATASETS[c.dataset]
+    vocab_size, count = data["vocab_size"], data["splits"]["train"]["tokens"]
     run.data = SimpleNamespace(vocab_size=vocab_size, splits={"train": made_up(count, vocab_size)})
     t = train_gpt.Training(run)
     counts, schedules, training = Counter(), {}, 0.0  # of steps of one kind; one that has such steps
@@ -176,19 +213,23 @@ def rehearse(args, c, run, say):
         step, supply = make_step(t, s, variant, run.data.splits["train"])
         first = seconds(run.device, step)
         took = statistics.median(seconds(run.device, step) for _ in range(TIMED))
-        supply.close()
         training += took * steps
         flops = flops_per_token(s.c, vocab_size, variant[0]) * batch_tokens / took / run.team.size
+        sheet = "".join(f", {flops / peak:.0%} of the {peak / 1e12:.0f} TFLOP/s on its data sheet"
+                        for card, peak in DATA_SHEET.items() if card in run.name)
         say(f"{steps:5d} steps of {took * 1000:,.0f} ms: {batch_tokens / took:,.0f} tokens/s, "
-            f"{flops / run.peak:.0%} of the product's speed, the first in {first:.0f} s\n"
+            f"{flops / run.peak:.0%} of the product's speed{sheet}, the first in {first:.0f} s\n"
             f"{'':24} {variant[0]}{' taught' * variant[2]}")
+        if run.team.size > 1 and steps == max(counts.values()):
+            say_collectives(t, step, took, say)
+        supply.close()
     mode, model = max(mode for (mode, *_), _ in counts), train_gpt.frozen(t.model)
     part = torch.from_numpy(made_up(run.args.device_batch * (c.seq_len + 1), vocab_size))
     part = part.view(-1, c.seq_len + 1).to(run.device)
     score = lambda: model.target_logprobs(part, mode)
     score()
     batch = seconds(run.device, score)
-    looks = {"nano": 200_000}.get(c.dataset, 10_000_000) / (c.seq_len + 1) / args.device_batch / run.team.size
+    looks = data["splits"]["val"]["tokens"] / (c.seq_len + 1) / args.device_batch / run.team.size
     epochs = sum(t.schedules[member].c.epochs if c.members == 1 else 1 for member in t.own) + len(t.own)
     scoring = batch * looks * (2 * epochs + 1)
     folder = Path(on_main(run.team, tempfile.mkdtemp))
@@ -227,10 +268,11 @@ def main(stop, argv=None):
         dist.destroy_process_group()
         sys.exit(1)
     size = 8192 if device.type == "cuda" else 2048
-    peak = plan.matmul_peak(dtype, device, size)
+    peak = matmul_peak(dtype, device, size)
     say(f"{'a product of ' + str(size):<24} {peak / 1e12:,.3g} TFLOP/s per rank")
     train_gpt.setup_compile(args.compile, device)
-    run = SimpleNamespace(c=c, args=args, team=team, device=device, dtype=dtype, folder=Path(), peak=peak)
+    run = SimpleNamespace(c=c, args=args, team=team, device=device, name=name, dtype=dtype, folder=Path(),
+                          peak=peak)
     expected, flops = rehearse(args, c, run, say)
     field, cap = next(iter(rules(args.track)["cap"].items()), (None, math.inf))
     worst = torch.tensor(expected, dtype=torch.float64)
@@ -239,7 +281,11 @@ def main(stop, argv=None):
     used = {"gpu_seconds": training * world.size, "training_flops": flops}.get(field, 0)
     if device.type == "cuda":
         most = torch.cuda.get_device_properties(device).total_memory
-        say(f"{'memory':<24} {memory / 2 ** 30:.1f} of {most / 2 ** 30:.1f} GiB per rank")
+        fixed = torch.cuda.memory_allocated()
+        share = c.meta_sequences // 2 if c.meta_norm else c.batch_sequences // team.size
+        larger = largest_batch(share, args.device_batch, fixed, memory, 0.97 * most)
+        say(f"{'memory':<24} {memory / 2 ** 30:.1f} of {most / 2 ** 30:.1f} GiB per rank; by proportion the "
+            f"largest that fits is --device-batch {larger}")
     else:
         say(f"{'memory':<24} {memory / 2 ** 30:.1f} GiB of each process, Python and compiler included")
     say(f"{'the whole run':<24} {training / 60:,.1f} min of training, {scoring / 60:,.1f} min of scoring")

@@ -1275,9 +1275,9 @@ class Training:
 
     def describe(self):
         first = self.schedules[self.own[0]]
-        self.run.log(f"plan   {self.model.parameter_count():,} parameters, {self.c.epochs} epochs of "
-                     f"{first.per_epoch * self.c.seq_len:,} tokens, {first.steps} steps of "
-                     f"{self.c.batch_tokens:,}, {self.flops(self.own):.3g} FLOPs")
+        self.run.announce(self.flops(self.own), (
+            f"{self.model.parameter_count():,} parameters, {self.c.epochs} epochs of "
+            f"{first.per_epoch * self.c.seq_len:,} tokens, {first.steps} steps of {self.c.batch_tokens:,}"))
 
     def warm_up(self):
         """Goes once through every variant of a step, so that training time holds no compilation."""

@@ -201,6 +201,7 @@ def check(args):
     print(f"{len(folders)} entries checked, all good")
 
 def render(args):
+    need(args.site or not args.runs, "--runs stand on a site; name its folder: --site DIR")
     need(not unreadable(), f"{(unreadable() or [''])[0]}; mend it first")
     stale = {
         path: data
@@ -215,7 +216,7 @@ def render(args):
     if args.site:
         import website
 
-        website.build(args.site)
+        website.build(args.site, args.runs)
 
 
 # ---- Questions ---------------------------------------------------------------------------------------------
@@ -351,6 +352,7 @@ def arguments(argv=None):
         metavar="DIR",
         help="also write the leaderboard as pages that open without a server",
     )
+    argument("--runs", nargs="+", default=[], metavar="RUN", help="to be compared with the entries there")
     argument("--check", action="store_true", help="write nothing, fail if they are out of date")
     argument = command(runs, "list what is in runs/, the newest last")
     argument(

@@ -1,10 +1,11 @@
 """The website: the leaderboard as pages that open from a disk, with no server and no network.
 
-    ./run.sh render --site DIR    writes it; DIR is a new folder, or one that holds an earlier site
+    ./run.sh render --site DIR             writes it; DIR is a new folder, or one that holds an earlier site
+    ./run.sh render --site DIR --runs A B  with runs of one's own, to be compared with entries and each other
 
     index.html             every entry and every published record, to be sorted and filtered
     <track>-<NN>.html      an entry: evidence, curve, README, what differs from the entry it is measured by
-    compare.html#A,B       any two entries: their curves on one axis, the losses of their documents
+    compare.html#A,B       any two entries or runs: their curves on one axis, the losses of their documents
     data/<track>-<NN>.js   what the charts show of an entry; data/documents-<digest>.js: how documents begin
     assets/                the style, the script and the library that draws, from records/website/
 
@@ -30,7 +31,7 @@ import evidence
 import jinja2
 import numpy as np
 import stats
-from entry import Refused, history, need, read_json, sources_of, stood
+from entry import Refused, history, locate, need, read_json, read_runs, sources_of, stood
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 from verdict import evidence as how_sure
@@ -138,8 +139,11 @@ def documents(entry):
 # ---- Entries -----------------------------------------------------------------------------------------------
 
 def key(entry):
-    """Names its page and its data."""
-    return f"{entry.track}-{entry.number:02d}"
+    """Names its page and its data: nano-09; of a run, which has no page, run-NAME."""
+    return f"{entry.track}-{entry.number:02d}" if "number" in entry.record else f"run-{entry.label}"
+
+def name_of(entry):
+    return f"{entry.track} #{entry.number}" if "number" in entry.record else entry.label
 
 def number(value):
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
@@ -151,7 +155,7 @@ def facts(entry):
     """[(what, value)] for people."""
     first = entry.runs[0]
     machine = first["machine"]
-    val, audit = (f"{entry.record[f'{split}_loss']:.4f} nats per token, {mean(entry, f'{split}_bpb'):.4f} "
+    val, audit = (f"{mean(entry, f'{split}_loss'):.4f} nats per token, {mean(entry, f'{split}_bpb'):.4f} "
                   "bits per byte" for split in ("val", "audit"))
     return [
         ("val loss", val),
@@ -197,10 +201,9 @@ def page_of(entry):
 
 def data_of(entry):
     """What the script needs of an entry, to draw it and to compare it."""
-    record = entry.record
-    return {"key": key(entry), "name": f"{entry.track} #{entry.number}", "title": record["title"],
-            "val": round(record["val_loss"], 5), "seeds": len(entry.runs), "facts": facts(entry),
-            "config": shown_config(entry), "runs": list(curves(entry)), "documents": documents(entry)}
+    return {"key": key(entry), "name": name_of(entry), "val": round(mean(entry, "val_loss"), 5),
+            "seeds": len(entry.runs), "facts": facts(entry), "config": shown_config(entry),
+            "runs": list(curves(entry)), "documents": documents(entry)}
 
 
 # ---- The table ---------------------------------------------------------------------------------------------
@@ -244,33 +247,36 @@ def rows_of(board, entries):
 def script(name, value):
     return f"slowrun.put({json.dumps(name)}, {json.dumps(value, separators=(',', ':'), allow_nan=False)});\n"
 
-def files():
-    """{path in the site: text} of all that is generated."""
+def files(runs=()):
+    """{path in the site: text} of all that is generated; `runs` are names or paths."""
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True,
                                    lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     templates.globals["generator"] = Markup(GENERATOR)
     tables = {board: history(board) for board in boards()}
     entries = [entry for table in tables.values() for entry in table]
     rows = [row for board, table in tables.items() for row in rows_of(board, table)]
-    choices = [(key(entry), f"{entry.track} #{entry.number}: {entry.record['title']}") for entry in entries]
+    compared = [*entries, *(read_runs([locate(name)], whole=True) for name in runs)]
+    choices = [(key(entry), f"{name_of(entry)}: {entry.record.get('title', f'a run of {entry.track}')}")
+               for entry in compared]
     texts = {"index.html": templates.get_template("index.html").render(rows=rows, boards=boards()),
              "compare.html": templates.get_template("compare.html").render(choices=choices)}
     for entry in entries:
         texts[f"{key(entry)}.html"] = templates.get_template("entry.html").render(page_of(entry))
+    for entry in compared:
         texts[f"data/{key(entry)}.js"] = script(key(entry), data_of(entry))
-    for data in {entry.runs[0]["data"]["val"]: entry.runs[0]["data"] for entry in entries}.values():
+    for data in {entry.runs[0]["data"]["val"]: entry.runs[0]["data"] for entry in compared}.values():
         name = f"documents-{data['val'][:12]}"
         texts[f"data/{name}.js"] = script(name, beginnings(data))
     return texts
 
-def build(directory):
+def build(directory, runs=()):
     """Writes the site into `directory`, whole or not at all; what is there must be a site, or nothing."""
     target = Path(directory).resolve()
     page = target / "index.html"
     ours = page.is_file() and GENERATOR in page.read_text(errors="replace")
     need(ours or not target.exists() or target.is_dir() and not any(target.iterdir()),
          f"{directory} is not empty and holds no site; name a new folder")
-    texts = files()
+    texts = files(runs)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
@@ -288,8 +294,8 @@ def build(directory):
 
 if __name__ == "__main__":
     try:
-        need(len(sys.argv) == 2, "name the folder to write: ./run.sh render --site DIR")
-        build(sys.argv[1])
+        need(len(sys.argv) > 1, "name the folder to write: ./run.sh render --site DIR")
+        build(sys.argv[1], sys.argv[2:])
     except Refused as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -44,7 +44,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import harness
 import logbook
 import train_gpt
-from plan import matmul_peak
 
 # What run.sh has set for a run; glibc reads them when a process begins.
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
@@ -178,7 +177,7 @@ def measure(versions, rounds, dtype):
             assert error < 0.05, f"{name}: ours and plain differ by {error:.1%}, more than bfloat16 does"
         memory[name] = [peak_growth(part.call) for part in pair]
     for _ in tqdm(range(rounds), "measuring", unit="round", leave=False):
-        peaks.append(matmul_peak(dtype))
+        peaks.append(harness.matmul_peak(dtype))
         for name, pair in versions.items():
             for part, samples in zip(pair, times[name]):
                 timer = Timer("call()", globals=part._asdict(), num_threads=torch.get_num_threads())

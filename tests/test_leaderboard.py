@@ -574,10 +574,10 @@ def test_a_real_run_is_filed_and_checked(tmp_path):
     flags = "--n-layer 2 --n-head 1 --n-embd 32 --replay 1-1 --epochs 1 --max-steps 2 --no-compile"
     number = len(list((clone / "records/nano").glob("*/record.json"))) + 1
     filing = "--kind negative --slug short --title four-steps --contributors ada"
-    for command in (f"nano {flags} --run-name short", f"add short {filing}",
-                    f"check records/nano/{number:02d}_short", "render",
+    for command in (f"nano {flags} --run-name short", f"add short {filing}", "check ENTRY", "render",
                     f"reproduce nano/{number} --seed 43 --max-steps 1 --no-compile"):
-        outcome = run_sh(clone, *command.split())
+        entry = clone / f"records/nano/{number:02d}_short"
+        outcome = run_sh(clone, *(entry if word == "ENTRY" else word for word in command.split()))
         assert outcome.codes == [0], (command, outcome.stderr)
         for readme in clone.glob("records/nano/*_short/README.md"):
             readme.write_text(readme.read_text().replace("(fill in)", "It is a test of the commands."))

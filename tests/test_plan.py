@@ -22,6 +22,8 @@ def clone(tmp_path_factory):
     """It has no data: a plan needs none."""
     folder = make_project(tmp_path_factory.mktemp("plan") / "a clone")
     shutil.copy(ROOT / "plan.py", folder)
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data/tokens.json", folder / "data")
     return folder
 
 @pytest.mark.parametrize("command, parameters, cap, gib", [
@@ -105,7 +107,7 @@ CASES = {
     "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --device-batch 8 --members 2 --average-kind blend
         --checkpointing --no-compile""",
     "compiled": f"--track nano {SMALL} {REPLAY} --device-batch 16",
-    "episodes": """--track nano --seq-len 32 --batch-tokens 128 --n-layer 12 --replay none --n-head 2
+    "episodes": """--track nano --seq-len 32 --batch-tokens 128 --n-layer 4 --replay none --n-head 2
         --n-embd 256 --mtp none --device-batch 1 --meta-norm 0.1 --meta-sequences 2 --max-steps 2 --no-compile
         """,
 }
@@ -116,7 +118,8 @@ def test_memory_is_what_runs_measure(tmp_path):
     manifest = tmp_path / "data/nano/manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"vocab_size": 4096}))
     (tmp_path / "records").mkdir()
-    shutil.copy(ROOT / "records/tracks.json", tmp_path / "records")
+    for name in "records/tracks.json", "data/tokens.json":
+        shutil.copy(ROOT / name, tmp_path / name)
     cases = json.dumps([shlex.split(flags) for flags in CASES.values()])
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", MEASURE, cases], cwd=tmp_path, env=environment,

@@ -4,7 +4,11 @@ import re
 import shutil
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
+
+import rehearse
 
 FLAGS = """--track nano --seq-len 32 --batch-tokens 256 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
     --no-compile --dtype float32""".split()
@@ -14,8 +18,9 @@ def clone(tmp_path):
     """make(source): a clone without data."""
     def make(source=SOURCE):
         folder = make_project(tmp_path / "a clone", source)
-        for name in "plan.py", "rehearse.py":
-            shutil.copy(ROOT / name, folder)
+        (folder / "data").mkdir()
+        for name in "plan.py", "rehearse.py", "data/tokens.json":
+            shutil.copy(ROOT / name, folder / name)
         return folder
     return make
 
@@ -29,6 +34,8 @@ def test_it_says_whether_it_is_right_and_holds(clone, train):  # noqa: F811
     lines = outcome.stdout.splitlines()
     assert "WRONG" not in outcome.stdout and "the same bits" in outcome.stdout
     assert len(re.findall(r"^ *\d+ steps of [\d,]+ ms: [\d,]+ tokens/s", outcome.stdout, re.M)) == 2
+    assert re.search(r"^sums and gathers +\d+ ms by themselves, [\d.]+ GB/s; the step hides \d+% of that$",
+                     outcome.stdout, re.M)
     minutes, scoring = map(float, re.search(r"([\d.]+) min of training, ([\d.]+) min", lines[-2]).groups())
     assert minutes > 0 and scoring > 0 and lines[-1].endswith("training_flops: holds")
 
@@ -38,6 +45,14 @@ def test_what_is_wrong_is_named(clone, train):  # noqa: F811
     assert source != SOURCE
     outcome = train(clone(source), *FLAGS, script="rehearse.py")
     assert outcome.codes == [1] and "not right here: attention" in outcome.stdout
+
+@given(st.integers(1, 64), st.floats(0, 10), st.floats(0.1, 10), st.floats(0, 100))
+def test_the_largest_device_batch_fits_and_the_next_does_not(sequences, fixed, each, most):
+    found = rehearse.largest_batch(sequences, 4, fixed, fixed + 4 * each, most)
+    less = most * (1 - 1e-9)
+    fits = [b for b in range(1, sequences + 1) if sequences % b == 0 and fixed + b * each <= less]
+    assert (found or 0) >= max(fits, default=0)
+    assert found is None or sequences % found == 0 and fixed + found * each <= most * (1 + 1e-9) + 1e-9
 
 @pytest.mark.slow
 def test_a_cap_that_does_not_hold_is_code_1(clone, train):  # noqa: F811

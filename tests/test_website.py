@@ -165,6 +165,32 @@ def test_a_site_is_written_over_an_earlier_one_and_over_nothing_else(root, site,
     assert (foreign / "index.html").read_text() == "years of work"
     assert {path.name for path in tmp_path.iterdir()} == {"site", "thesis", "file"}
 
+def test_runs_of_ones_own_are_compared_beside_the_entries(tmp_path):
+    """A run folder as it was before it was filed as nano/9."""
+    entry, run = ROOT / "records/nano/09_preset", tmp_path / "runs/mine"
+    record = json.loads((entry / "record.json").read_text())
+    result = record["runs"][0]
+    (run / "checkpoints").mkdir(parents=True)
+    for member in result["members"]:
+        digest = {"checkpoint": member["checkpoint"], "sha256": "0" * 64}
+        (run / "checkpoints" / member["checkpoint"]).with_suffix(".json").write_text(json.dumps(digest))
+    shutil.copy(entry / result["log"], run / "log.txt")
+    with np.load(entry / "doc_losses.npz") as docs:
+        np.savez(run / "doc_losses.npz", **{k: v[0] if k.endswith("_loss") else v for k, v in docs.items()})
+    rows = website.curve_of_log(sources_of((run / "log.txt").read_bytes(), "it")[1])["step"]
+    lines = [{"kind": "step", "at": at, "seconds": s, "loss": loss} for at, (s, loss) in enumerate(rows)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    filed = ("log", "log_sha256", "metrics", "metrics_sha256", "checkpoints")
+    (run / "result.json").write_text(json.dumps({k: v for k, v in result.items() if k not in filed}))
+    texts, opened = website.files([run]), re.compile(r"slowrun.put\(\S+, (.*)\);\n")
+    assert '<option value="run-mine">mine: a run of nano</option>' in texts["compare.html"]
+    own, of_entry = (json.loads(opened.fullmatch(texts[f"data/{name}.js"])[1])
+                     for name in ("run-mine", "nano-09"))
+    assert own["runs"][0]["train"] == of_entry["runs"][0]["train"]
+    assert own["documents"]["tokens"] == of_entry["documents"]["tokens"]
+    assert own["name"] == "mine" and own["val"] == pytest.approx(result["val_loss"], abs=1e-5)
+    assert "run-mine.html" not in texts
+
 
 # ---- What a browser shows ----------------------------------------------------------------------------------
 
