@@ -373,12 +373,12 @@ class Run:
 
     def announce(self, flops, plan):
         """Logs the contestant's plan, and above it how many minutes these FLOPs will roughly take here."""
-        size = 8192 if self.device.type == "cuda" else 1024
+        size = 8192 if self.device.type == "cuda" else 2048
         if flops > 1e12 * self.team.size and not self.args.resume:
             speed = SHARE[self.dtype] * matmul_peak(self.dtype, self.device, size) * self.team.size
-            minutes = flops / speed / 60
-            hint = "; ./run.sh smoke shows a whole run in two" * (self.device.type == "cpu" and minutes > 9)
-            self.log(f"       about {minutes:.0f} minutes of training here, judged by matrix products{hint}")
+            minutes = math.ceil(flops / speed / 60)
+            hint = "; ./run.sh smoke shows a whole run in few" * (self.device.type == "cpu" and minutes > 9)
+            self.log(f"       about {minutes} min of training here, judged by matrix products{hint}")
         self.log(f"plan   {plan}, {flops:.3g} FLOPs")
 
     def warm_up(self, variants, throw_away, stated):

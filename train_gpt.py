@@ -221,8 +221,8 @@ UNLIMITED = dict(n_head=16, n_embd=2048, softcap=15.0, replay="15-24", replay_pa
                  warmdown_power=1.0, cycles=0, average=1, grad_clip=1.0, meta_norm=0.0)
 TRACKS = {
     "nano": NANO,
-    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, epochs=1, replay="1-1", replay_from_epoch=1,
-                         cycles=1, average=1),
+    "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, mtp="none", epochs=1, replay="1-1",
+                         replay_from_epoch=1, cycles=1, average=1),
     "tiny": dict(n_layer=16, n_head=8, n_embd=1024, softcap=15.0, rope="half", head_mixing=False,
                  xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1,
                  out_init="zero", dropout=0.1, dropout_mlp=False, weight_decay=0.8,
