@@ -224,8 +224,8 @@ TRACKS = {
     "smoke": NANO | dict(n_layer=2, n_head=1, n_embd=64, mtp="none", epochs=1, replay="1-1",
                          replay_from_epoch=1, cycles=1, average=1),
     "tiny": dict(n_layer=16, n_head=8, n_embd=1024, softcap=15.0, rope="half", head_mixing=False,
-                 xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1,
-                 out_init="zero", dropout=0.1, dropout_mlp=False, weight_decay=0.8,
+                 xsa="learned", mtp="head", replay="none", passes=2, lam_init=1.1, out_init="zero",
+                 dropout=0.1, dropout_mlp=False, weight_decay=0.8,
                  wd_schedule=[(2, 1), (8, 0.125), (15, 1.1625)], lr_scale=0.8, lr_head=0.001, lr_scalar=0.25,
                  gate_optimizer="adamw", row_norm=False, epochs=15, warmdown=0.4, warmdown_power=1.0,
                  cycles=4, meta_schedule="constant", meta_matrices="mlp", average=4, average_kind="weights"),
@@ -313,6 +313,8 @@ def causal_mask(T, window, dtype, device):
 def flash_attention(q, k, v, window, scale):
     """On CUDA the in-core flash kernels for variable lengths, which have a sliding window and a backward."""
     from torch.nn.attention.varlen import varlen_attn
+    if q.dtype == torch.float32:
+        return block_attention(q, k, v, window, scale)  # they know half precision alone
     B, T, H, D = q.shape
     starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
     reach = (-1 if window >= T else window, 0)
@@ -1469,11 +1471,9 @@ def finish(t):
         mixed = {split: mixture((m.weight, logprobs(t.folder, m, split)) for m in members)[0]
                  for split in ("val", "audit")}
     if run.log.main:
-        run.conclude(
-            mixed, members,
-            {"parameters": t.model.parameter_count(), "training_flops": t.flops(range(c.members)),
-             "tokens_seen": sum(s.end * s.c.batch_tokens for s in t.schedules)},
-            stopped_early=any(s.end < s.steps for s in t.schedules))
+        facts = {"parameters": t.model.parameter_count(), "training_flops": t.flops(range(c.members)),
+                 "tokens_seen": sum(s.end * s.c.batch_tokens for s in t.schedules)}
+        run.conclude(mixed, members, facts, stopped_early=any(s.end < s.steps for s in t.schedules))
 
 
 # ---- main --------------------------------------------------------------------------------------------------

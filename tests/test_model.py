@@ -327,6 +327,11 @@ def test_attention_of_cuda_asks_its_kernel_for_the_same(window):
         out = train_gpt.ATTENTION["cuda"](q, k, v, window, 0.3)
     assert_close(out, ref.windowed_attention(q, k, v, window, 0.3))
 
+def test_float32_needs_no_flash_kernel():
+    q, k, v = (normal(2, T, 2, 4, seed=i).float() for i in range(3))
+    expected = ref.windowed_attention(q.double(), k.double(), v.double(), 5, 0.3)
+    assert_close(train_gpt.ATTENTION["cuda"](q, k, v, 5, 0.3).double(), expected, 1e-5)
+
 def test_rotary_embedding_in_float32():
     """The model's own tables, as its blocks are handed them."""
     changes = dict(n_layer=2, replay="none", seq_len=2048, batch_tokens=2048)
