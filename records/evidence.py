@@ -31,12 +31,10 @@ class Log(NamedTuple):
     members: list  # (val loss, checkpoint, weight) of the last table
     executed: list  # FLOPs that matrix products took, as shares of those stated, at every start
 
-TABLE = {
-    "val": r"^val loss +([\d.]+) +\(([\d.]+) bits per byte\)$",
-    "audit": r"^audit loss +([\d.]+) +\(([\d.]+) bits per byte\)$",
-    "training": r"^training +([\d.]+) min of ([\d.]+) min in all$",
-    "compute": r"^compute +(\S+) FLOPs, ([\d,]+) tokens, ([\d,]+) parameters$",
-}
+TABLE = {"val": r"^val loss +([\d.]+) +\(([\d.]+) bits per byte\)$",
+         "audit": r"^audit loss +([\d.]+) +\(([\d.]+) bits per byte\)$",
+         "training": r"^training +([\d.]+) min of ([\d.]+) min in all$",
+         "compute": r"^compute +(\S+) FLOPs, ([\d,]+) tokens, ([\d,]+) parameters$"}
 
 def read_log(raw, who):
     sources, text = sources_of(raw, who)
@@ -49,17 +47,13 @@ def read_log(raw, who):
         rows = find(pattern, end)
         need(len(rows) == 1, f"{who} has no line '{label}' in its final table")
         table[label] = [float(number.replace(",", "")) for number in rows[0]]
-    return Log(
-        sources,
-        find(r"^slowrun (\w+), seed (\d+): (\d+) x (.*)$"),
-        [parse_json(config, f"the config in {who}") for config in find(r"^config (\{.*\})$")],
-        find(r"^start +val ([\d.]+) before training$"),
-        find(r"^step +(\d+)/\d+ +train ([\d.]+) +([\d.]+) s\b"),
-        find(r"^(?:epoch|look) +(\d+)/\d+ +step +(\d+) +(?:train [\d.]+ +)?val ([\d.]+)"),
-        table,
-        find(r"^  member +([\d.]+) +val loss of (\S+), weight ([\d.]+)$", end),
-        find(r"^ +prepared in \d+ s; matrix products take ([\d.]+) of the FLOPs stated$"),
-    )
+    return Log(sources, find(r"^slowrun (\w+), seed (\d+): (\d+) x (.*)$"),
+               [parse_json(config, f"the config in {who}") for config in find(r"^config (\{.*\})$")],
+               find(r"^start +val ([\d.]+) before training$"),
+               find(r"^step +(\d+)/\d+ +train ([\d.]+) +([\d.]+) s\b"),
+               find(r"^(?:epoch|look) +(\d+)/\d+ +step +(\d+) +(?:train [\d.]+ +)?val ([\d.]+)"), table,
+               find(r"^  member +([\d.]+) +val loss of (\S+), weight ([\d.]+)$", end),
+               find(r"^ +prepared in \d+ s; matrix products take ([\d.]+) of the FLOPs stated$"))
 
 def same(printed, exact):
     """Is the number, printed to so many digits, the exact one?"""
@@ -74,12 +68,10 @@ def is_within(some, others, equal=lambda one, other: one == other):
 def check_start(loss, dataset, who):
     vocab_size = DATASETS[dataset]["vocab_size"]
     expected = math.log(vocab_size)
-    need(
-        expected - START_BELOW <= loss <= expected + START_ABOVE,
-        f"{who} starts at loss {loss:.4f}; untrained weights know nothing, which costs "
-        f"ln {vocab_size} = {expected:.4f}, at least {expected - START_BELOW:.4f}, "
-        f"at most {expected + START_ABOVE:.4f}",
-    )
+    need(expected - START_BELOW <= loss <= expected + START_ABOVE,
+         f"{who} starts at loss {loss:.4f}; untrained weights know nothing, which costs "
+         f"ln {vocab_size} = {expected:.4f}, at least {expected - START_BELOW:.4f}, "
+         f"at most {expected + START_ABOVE:.4f}")
 
 def check_log(log, run, who):
     """The log says what the result says; `log` is a Log, `run` the run's part of record.json."""
@@ -88,51 +80,30 @@ def check_log(log, run, who):
         need(condition, f"{who}: {what} is {said} in {run['log']}, {stated} in the result")
 
     for name, key in SOURCES.items():
-        need(
-            (name in log.sources) == (key in run),
-            f"{who}: the log and the result must both have {name}, or neither",
-        )
-    need(
-        log.machines and log.configs and log.starts and log.steps and log.epochs,
-        f"{who}: {run['log']} lacks machine, config, start, steps or epochs; file it as the run wrote it",
-    )
+        need((name in log.sources) == (key in run),
+             f"{who}: the log and the result must both have {name}, or neither")
+    need(log.machines and log.configs and log.starts and log.steps and log.epochs,
+         f"{who}: {run['log']} lacks machine, config, start, steps or epochs; file it as the run wrote it")
     for track, seed, _, _ in log.machines:
-        agree(
-            (track, seed) == (run["track"], str(run["seed"])),
-            "the run",
-            f"{track}, seed {seed}",
-            f"{run['track']}, seed {run['seed']}",
-        )
+        agree((track, seed) == (run["track"], str(run["seed"])), "the run", f"{track}, seed {seed}",
+              f"{run['track']}, seed {run['seed']}")
     for config in log.configs:
         differs = [name for name in {*config, *run["config"]} if config.get(name) != run["config"].get(name)]
         agree(not differs, f"the configuration ({', '.join(sorted(differs)[:5])})", "another one", "not that")
     machine, (_, _, ranks, rest) = run["machine"], log.machines[-1]
-    agree(
-        int(ranks) == machine["count"]
-        and rest.startswith(machine["name"])
-        and rest.endswith(f", torch {machine['torch']}"),
-        "the machine",
-        f"{ranks} x {rest[:80]}",
-        f"{machine['count']} x {machine['name']}, torch {machine['torch']}",
-    )
+    agree(int(ranks) == machine["count"] and rest.startswith(machine["name"])
+          and rest.endswith(f", torch {machine['torch']}"), "the machine", f"{ranks} x {rest[:80]}",
+          f"{machine['count']} x {machine['name']}, torch {machine['torch']}")
     table = log.table
     for split in ("val", "audit"):
         for said, key in zip(table[split], (f"{split}_loss", f"{split}_bpb")):
             agree(abs(said - run[key]) <= 5.1e-5, key, said, run[key])
     for said, key in zip(table["training"], ("train_seconds", "wall_seconds")):
-        agree(
-            abs(said - run[key] / 60) <= SECONDS,
-            key.replace("_seconds", " minutes"),
-            said,
-            f"{run[key] / 60:.2f}",
-        )
+        agree(abs(said - run[key] / 60) <= SECONDS, key.replace("_seconds", " minutes"), said,
+              f"{run[key] / 60:.2f}")
     flops, tokens, parameters = table["compute"]
-    agree(
-        f"{flops:.4g}" == f"{run['training_flops']:.4g}",
-        "training_flops",
-        f"{flops:.4g}",
-        f"{run['training_flops']:.4g}",
-    )
+    agree(f"{flops:.4g}" == f"{run['training_flops']:.4g}", "training_flops", f"{flops:.4g}",
+          f"{run['training_flops']:.4g}")
     if "executed_flops" in run:
         share = run["executed_flops"] / run["training_flops"]
         agree(log.executed and same(log.executed[-1], share), "executed_flops", log.executed, f"{share:.3f}")
@@ -152,10 +123,8 @@ def check_log(log, run, who):
     for start in log.starts:
         check_start(float(start), TRACKS[run["track"]]["dataset"], who)
     counted = [int(step) for step, _, _ in log.steps]
-    need(
-        all(step in (1, before + 1) or step <= before for before, step in zip(counted, counted[1:])),
-        f"{who}: steps are missing in {run['log']}",
-    )
+    need(all(step in (1, before + 1) or step <= before for before, step in zip(counted, counted[1:])),
+         f"{who}: steps are missing in {run['log']}")
 
 def rows_of(packed, what):
     """The rows of a run's metrics.jsonl, packed."""
@@ -176,51 +145,31 @@ def compare_metrics(rows, log, run, who):
 
     steps, evaluations = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
     looks = [row for row in rows if row["kind"] in ("eval", "ensemble")]
-    agree(
-        len(looks) + 1 == run["val_evaluations"],
-        "the number of evaluations",
-        len(looks) + 1,
-        run["val_evaluations"],
-    )
-    agree(
-        "steps" not in run or len(steps) == run["steps"], "the number of steps", len(steps), run.get("steps")
-    )
+    agree(len(looks) + 1 == run["val_evaluations"], "the number of evaluations", len(looks) + 1,
+          run["val_evaluations"])
+    agree("steps" not in run or len(steps) == run["steps"], "the number of steps", len(steps),
+          run.get("steps"))
     for member in {row["member"] for row in steps}:
         own = [row["step"] for row in steps if row["member"] == member]
         need(own == list(range(len(own))), f"{who}: steps of member {member} are missing in its metrics")
     sizes = [run["config"][key] for key in ("batch_tokens", "batch_tokens_ends") if run["config"].get(key)]
     if sizes:
-        agree(
-            min(sizes) * len(steps) <= run["tokens_seen"] <= max(sizes) * len(steps),
-            "the number of tokens",
-            f"{len(steps)} steps of {' or '.join(map(str, sizes))}",
-            run["tokens_seen"],
-        )
+        agree(min(sizes) * len(steps) <= run["tokens_seen"] <= max(sizes) * len(steps),
+              "the number of tokens", f"{len(steps)} steps of {' or '.join(map(str, sizes))}",
+              run["tokens_seen"])
     for team in {row.get("team", 0) for row in rows}:
         clock = [row["seconds"] for row in steps if row.get("team", 0) == team]
-        need(
-            clock and clock[0] >= 0 and clock == sorted(clock),
-            f"{who}: the seconds of its steps go backwards",
-        )
-        need(
-            clock[-1] <= run["train_seconds"] + SECONDS,
-            f"{who}: its steps took {clock[-1]:.1f} seconds, the result states {run['train_seconds']:.1f}",
-        )
+        need(clock and clock[0] >= 0 and clock == sorted(clock),
+             f"{who}: the seconds of its steps go backwards")
+        need(clock[-1] <= run["train_seconds"] + SECONDS,
+             f"{who}: its steps took {clock[-1]:.1f} seconds, the result states {run['train_seconds']:.1f}")
     clock = max(row["seconds"] for row in steps)
-    agree(
-        run["train_seconds"] - clock <= max(5, 0.02 * clock),
-        "the time of all steps",
-        f"{clock:.1f}",
-        f"{run['train_seconds']:.1f}",
-    )
+    agree(run["train_seconds"] - clock <= max(5, 0.02 * clock), "the time of all steps", f"{clock:.1f}",
+          f"{run['train_seconds']:.1f}")
     final = [row for row in rows if row["kind"] == "final"]
     keys = [f"{split}_{what}" for split in ("val", "audit") for what in ("loss", "bpb")]
-    agree(
-        final and all(abs(final[-1][key] - run[key]) <= 1e-9 for key in keys),
-        "the final score",
-        final[-1]["val_loss"] if final else "not there",
-        run["val_loss"],
-    )
+    agree(final and all(abs(final[-1][key] - run[key]) <= 1e-9 for key in keys), "the final score",
+          final[-1]["val_loss"] if final else "not there", run["val_loss"])
     for row in evaluations:
         if row["step"] == 0:
             check_start(row["loss"], TRACKS[run["track"]]["dataset"], who)
@@ -238,19 +187,11 @@ def compare_metrics(rows, log, run, who):
     )
     need(lost is None, f"{who}: step {lost and lost[0]} of its metrics is not in its log")
     evaluated = [row for row in first if row["kind"] == "eval"]
-    ends = [
-        row
-        for place, row in enumerate(evaluated)
-        if row["step"]
-        and not (place and all(row[key] == evaluated[place - 1][key] for key in ("member", "step")))
-    ]
-    lost = is_within(
-        ends,
-        log.epochs,
-        lambda row, said: (
-            (row["epoch"], row["step"]) == tuple(map(int, said[:2])) and same(said[2], row["loss"])
-        ),
-    )
+    ends = [row for place, row in enumerate(evaluated) if row["step"]
+            and not (place and all(row[key] == evaluated[place - 1][key] for key in ("member", "step")))]
+    lost = is_within(ends, log.epochs,
+                     lambda row, said: ((row["epoch"], row["step"]) == tuple(map(int, said[:2]))
+                                        and same(said[2], row["loss"])))
     need(lost is None, f"{who}: epoch {lost and lost['epoch']} of its metrics is not in its log")
 
 def losses_of_steps(log):
@@ -267,21 +208,14 @@ def check_segments(log, run, who):
         need(segment["seconds"] >= 0, f"{who} has a segment of {segment['seconds']} seconds")
     seconds = sum(segment["seconds"] for segment in segments)
     spent = sum(segment["seconds"] * segment["ranks"] for segment in segments)
-    need(
-        abs(seconds - run["train_seconds"]) <= 1e-3 + 1e-6 * seconds,
-        f"{who}: its segments make {seconds:.1f} seconds, train_seconds is {run['train_seconds']:.1f}",
-    )
+    need(abs(seconds - run["train_seconds"]) <= 1e-3 + 1e-6 * seconds,
+         f"{who}: its segments make {seconds:.1f} seconds, train_seconds is {run['train_seconds']:.1f}")
     need(
         abs(spent - run["gpu_seconds"]) <= 1e-3 + 1e-6 * spent,
         f"{who}: its segments make {spent:.1f} seconds of all ranks, gpu_seconds is {run['gpu_seconds']:.1f}",
     )
-    lost = is_within(
-        [(s["ranks"], s["machine"]["name"]) for s in segments],
-        log.machines,
-        lambda segment, said: segment[0] == int(said[2]) and said[3].startswith(segment[1]),
-    )
-    need(
-        lost is None,
-        f"{who}: no start in its log is that of a segment on {lost and lost[0]} x {lost and lost[1]}",
-    )
+    lost = is_within([(s["ranks"], s["machine"]["name"]) for s in segments], log.machines,
+                     lambda segment, said: segment[0] == int(said[2]) and said[3].startswith(segment[1]))
+    need(lost is None,
+         f"{who}: no start in its log is that of a segment on {lost and lost[0]} x {lost and lost[1]}")
     return spent

@@ -106,30 +106,17 @@ def add(args):
     docs = docs.getvalue()
     means = {key: float(np.mean([one[key] for one in run.runs])) for key in ("val_loss", "audit_loss")}
     number = max((old.number for old in history(run.track)), default=0) + 1
-    record = {
-        "track": run.track,
-        "number": number,
-        "slug": args.slug,
-        "kind": args.kind,
-        "of": args.of,
-        "title": args.title,
-        "contributors": args.contributors,
-        "date": max(one["date"] for one in run.runs),
-        **means,
-        "doc_losses_sha256": sha256(docs),
-        "runs": run.runs,
-    }
+    record = {"track": run.track, "number": number, "slug": args.slug, "kind": args.kind, "of": args.of,
+              "title": args.title, "contributors": args.contributors,
+              "date": max(one["date"] for one in run.runs), **means, "doc_losses_sha256": sha256(docs),
+              "runs": run.runs}
     check_schema("record", record, "record")
     entry = Entry(run.name, record, run.docs, run.files)
     check_entry(entry)
     print_verdict(entry)
     rival = rivals(entry)
-    files = {
-        "record.json": (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
-        "README.md": readme_of(entry, rival).encode(),
-        "doc_losses.npz": docs,
-        **entry.files,
-    }
+    files = {"record.json": (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode(),
+             "README.md": readme_of(entry, rival).encode(), "doc_losses.npz": docs, **entry.files}
     if rival:
         files["changes.diff"] = changes.diff(entry, rival[0]).encode()
         print(f"changed against {rival[0].label}:", *changes.summary(entry, rival[0]), sep="\n  ")
@@ -145,16 +132,12 @@ def add(args):
 
 def readme_of(entry, rival):
     record = entry.record
-    words = {
-        "kind": entry.kind.capitalize(),
-        "contributors": ", ".join(map(tables.escape, record["contributors"])),
-        "title": tables.escape(record["title"]),
-        "seeds": entry.seeds,
-        "verdict": f"On val {judge(entry)}." if rival else "The first of its track.",
-        "changes": f"\nEvery changed line: [changes.diff](changes.diff), against {rival[0].label}.\n"
-        if rival
-        else "",
-    }
+    words = {"kind": entry.kind.capitalize(),
+             "contributors": ", ".join(map(tables.escape, record["contributors"])),
+             "title": tables.escape(record["title"]), "seeds": entry.seeds,
+             "verdict": f"On val {judge(entry)}." if rival else "The first of its track.",
+             "changes": f"\nEvery changed line: [changes.diff](changes.diff), against {rival[0].label}.\n"
+             if rival else ""}
     return README.format(**{**record, **words})
 
 def print_verdict(entry):
@@ -168,20 +151,14 @@ def print_verdict(entry):
     verdict = judge(entry)
     if verdict:
         print(f"gain {verdict}: {'passes' if verdict.z >= stats.GATE else 'does not pass'} {stats.GATE}")
-        print(
-            f"its noise: {verdict.se_doc:.5f} from the documents, {verdict.s:.5f} a seed "
-            f"(dof {verdict.dof}), {verdict.n_new} seeds against {verdict.n_old}"
-        )
+        print(f"its noise: {verdict.se_doc:.5f} from the documents, {verdict.s:.5f} a seed "
+              f"(dof {verdict.dof}), {verdict.n_new} seeds against {verdict.n_old}")
 
 def check(args):
-    everything = sorted(
-        path for path in RECORDS.glob("*/[!.]*") if path.is_dir() and path.parent.name[0] not in "._"
-    )
-    folders = [
-        folder
-        for folder in (list(map(Path, args.paths)) or everything)
-        if folder.parent.name != "__pycache__"
-    ]
+    everything = sorted(path for path in RECORDS.glob("*/[!.]*") if path.is_dir()
+                        and path.parent.name[0] not in "._")
+    folders = [folder for folder in (list(map(Path, args.paths)) or everything)
+               if folder.parent.name != "__pycache__"]
     problems = []
 
     def attempt(function, *arguments):
@@ -189,9 +166,7 @@ def check(args):
             function(*arguments)
         except Refused as problem:
             problems.append(str(problem))
-        except (
-            Exception
-        ) as error:  # an entry that the checks did not foresee is no sound one; the others go on
+        except Exception as error:  # what the checks did not foresee is not sound; the others go on
             problems.append(f"{arguments[0]}: cannot be checked: {error!r}")
 
     attempt(check_own_harness)
@@ -203,11 +178,8 @@ def check(args):
 def render(args):
     need(args.site or not args.runs, "--runs stand on a site; name its folder: --site DIR")
     need(not unreadable(), f"{(unreadable() or [''])[0]}; mend it first")
-    stale = {
-        path: data
-        for path, data in tables.rendered().items()
-        if not path.exists() or path.read_bytes() != data
-    }
+    stale = {path: data for path, data in tables.rendered().items() if not path.exists()
+             or path.read_bytes() != data}
     names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
     need(not (args.check and stale), f"{names} out of date; run ./run.sh render")
     for path, data in stale.items():
@@ -222,18 +194,14 @@ def render(args):
 # ---- Questions ---------------------------------------------------------------------------------------------
 
 def power(args):
-    need(
-        math.isfinite(args.gain) and args.gain > 0,
-        f"a gain of {args.gain:g} nats; name one above 0, like 0.003",
-    )
+    need(math.isfinite(args.gain) and args.gain > 0,
+         f"a gain of {args.gain:g} nats; name one above 0, like 0.003")
     need(0 < args.power < 1, f"--power {args.power:g}: a probability between 0 and 1, like 0.8")
     s, dof, se_doc = noise_of_track(args.track)
     seeds = stats.seeds_for(args.gain, se_doc, s, args.power)
     answer = f"from {seeds} seeds of each method on" if seeds else "with no number of seeds"
-    print(
-        f"a true gain of {args.gain:g} on track {args.track} passes the gate in {args.power:.0%} of cases "
-        f"{answer}; noise: {s:.5f} a seed (dof {dof}), {se_doc:.5f} from the documents"
-    )
+    print(f"a true gain of {args.gain:g} on track {args.track} passes the gate in {args.power:.0%} of cases "
+          f"{answer}; noise: {s:.5f} a seed (dof {dof}), {se_doc:.5f} from the documents")
 
 def efficiency(args):
     need(math.isfinite(args.loss) and args.loss > 0, f"a loss of {args.loss:g}; name one above 0, like 3.2")
@@ -264,9 +232,8 @@ def diff(args):
 def reproduce(args):
     """Puts the entry's own sources beside this repository's launcher and data, and starts them there."""
     entry = entries.read_record(locate(args.entry))
-    need(
-        entry.runs[0]["data"]["name"] in {row["dataset"] for row in TRACKS.values()}, "its dataset is unknown"
-    )
+    need(entry.runs[0]["data"]["name"] in {row["dataset"] for row in TRACKS.values()},
+         "its dataset is unknown")
     folder = ROOT / "runs" / f".reproduce_{entry.track}_{entry.number}"
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (dict.fromkeys(SOURCES, b"") | entry.sources()).items():
@@ -279,24 +246,12 @@ def reproduce(args):
         if (ROOT / name).exists():
             (folder / name).symlink_to(ROOT / name)
     name = f"reproduce_{entry.track}_{entry.number}_s{args.seed}"
-    command = [
-        str(folder / "run.sh"),
-        entry.runs[0]["track"],
-        "--config",
-        str(folder / "config.json"),
-        "--seed",
-        str(args.seed),
-        "--run-name",
-        name,
-        *args.flags,
-    ]
-    print(
-        f"starts the sources of {entry.label} in {folder.relative_to(ROOT)}; its run is runs/{name}. "
-        f"When it is done:\n  ./run.sh compare {name} {entry.label}\n"
-        f"  ./run.sh add {name} --kind reproduction --of {entry.number} "
-        "--slug again --title TITLE --contributors YOU",
-        flush=True,
-    )
+    command = [str(folder / "run.sh"), entry.runs[0]["track"], "--config", str(folder / "config.json"),
+               "--seed", str(args.seed), "--run-name", name, *args.flags]
+    print(f"starts the sources of {entry.label} in {folder.relative_to(ROOT)}; its run is runs/{name}. "
+          f"When it is done:\n  ./run.sh compare {name} {entry.label}\n"
+          f"  ./run.sh add {name} --kind reproduction --of {entry.number} "
+          "--slug again --title TITLE --contributors YOU", flush=True)
     os.execv("/bin/bash", ["bash", *command])
 
 
@@ -313,9 +268,8 @@ def seed(text):
     return value
 
 def arguments(argv=None):
-    parser = Parser(
-        prog="./run.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="./run.sh", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(function, help):
@@ -325,42 +279,26 @@ def arguments(argv=None):
 
     method = "a run (name or path), runs joined by commas (seeds of one method), or an entry (nano/9 or path)"
     argument = command(add, "file runs as an entry of the leaderboard, if they pass every check")
-    argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="run, by name or path; several: the same method, other seeds. "
-        "The seeds of a record are 42, 43, 44, …",
-    )
+    argument("runs", nargs="+", metavar="RUN",
+             help="run, by name or path; several: the same method, other seeds. "
+             "The seeds of a record are 42, 43, 44, …")
     argument("--slug", required=True, help="name of the folder: lower-case words joined by hyphens")
     argument("--title", required=True, help="what changed, in one line; the table shows it")
     argument("--contributors", required=True, nargs="+", metavar="NAME", help="who made it")
-    argument(
-        "--kind",
-        default="record",
-        choices=("record", "baseline", "reproduction", "negative"),
-        help="record (default): passes the gate. baseline: a starting point. reproduction: repeats the "
-        "entry --of. negative: did not help, which is worth knowing",
-    )
+    argument("--kind", default="record", choices=("record", "baseline", "reproduction", "negative"),
+             help="record (default): passes the gate. baseline: a starting point. reproduction: repeats the "
+             "entry --of. negative: did not help, which is worth knowing")
     argument("--of", type=int, metavar="NUMBER", help="the entry that a reproduction repeats")
     argument = command(check, "check entries: evidence, losses, data, harness, caps, verdict, place")
     argument("paths", nargs="*", metavar="PATH", help="folder of an entry (default: all entries)")
     argument = command(render, "rewrite the tables and the plots")
-    argument(
-        "--site",
-        type=Path,
-        metavar="DIR",
-        help="also write the leaderboard as pages that open without a server",
-    )
+    argument("--site", type=Path, metavar="DIR",
+             help="also write the leaderboard as pages that open without a server")
     argument("--runs", nargs="+", default=[], metavar="RUN", help="to be compared with the entries there")
     argument("--check", action="store_true", help="write nothing, fail if they are out of date")
     argument = command(runs, "list what is in runs/, the newest last")
-    argument(
-        "--sort",
-        choices=("date", "val"),
-        default="date",
-        help="by date (default), or by val loss, best first",
-    )
+    argument("--sort", choices=("date", "val"), default="date",
+             help="by date (default), or by val loss, best first")
     argument = command(compare, "compare two methods: losses, settings, sources, documents, curves")
     argument("a", metavar="A", help=method)
     argument("b", metavar="B", help="the same")
@@ -369,11 +307,8 @@ def arguments(argv=None):
     argument = command(diff, "what changed in sources and configuration, as a diff")
     argument("a", metavar="A", help=method)
     argument("b", metavar="B", nargs="?", help="the same (default: the record that stood before A)")
-    argument = command(
-        reproduce,
-        "run an entry's own sources with its configuration and a seed of your own; "
-        "further flags go to the run, like --device-batch 2",
-    )
+    argument = command(reproduce, "run an entry's own sources with its configuration and a seed of your own; "
+                       "further flags go to the run, like --device-batch 2")
     argument("entry", metavar="ENTRY", help="nano/9, or the path of an entry")
     argument("--seed", type=seed, required=True, help="one that the entry does not have")
     argument = command(power, "how many seeds would show a gain")
@@ -384,10 +319,8 @@ def arguments(argv=None):
     argument("loss", type=float, help="nats per token on val")
     argument("--data", default="fineweb100M", help="dataset (fineweb100M)")
     args, args.flags = parser.parse_known_args(argv)
-    need(
-        not args.flags or args.function is reproduce,
-        f"unknown: {' '.join(args.flags)}; {parser.prog} COMMAND --help shows what there is",
-    )
+    need(not args.flags or args.function is reproduce,
+         f"unknown: {' '.join(args.flags)}; {parser.prog} COMMAND --help shows what there is")
     return args
 
 def main(argv=None):

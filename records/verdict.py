@@ -49,13 +49,8 @@ class Verdict(NamedTuple):
 def others(entry, entries):
     """The reproductions of an entry by people who did not file it."""
     mine = set(entry.record["contributors"])
-    return [
-        again
-        for again in entries
-        if again.record["of"] == entry.number
-        and again.kind == "reproduction"
-        and not mine & set(again.record["contributors"])
-    ]
+    return [again for again in entries if again.record["of"] == entry.number and again.kind == "reproduction"
+            and not mine & set(again.record["contributors"])]
 
 def trusted(entries):
     """Of a track's entries those that teach the noise of a seed: its own baseline, and what others have
@@ -141,11 +136,8 @@ def watch_sentence(track):
     )
 
 def published_losses(track):
-    return {
-        fact["number"]: fact["val_loss"]
-        for fact in read_json(RECORDS / "published.json")["records"]
-        if fact["track"] == track
-    }
+    return {fact["number"]: fact["val_loss"] for fact in read_json(RECORDS / "published.json")["records"]
+            if fact["track"] == track}
 
 def steps(track, of):
     """[(number, published gain, title, Verdict)]: the entries here that repeat a published record of the
@@ -170,6 +162,5 @@ def noise_of_track(track):
     """(s, degrees of freedom, the documents' standard error) that a new entry would have to reckon with."""
     entries = history(track) if track in BOARDS else []
     verdicts = [verdict for verdict in map(judge, entries) if verdict]
-    return *seed_noise(entries, stood(entries)[-1:]), verdicts[
-        -1
-    ].se_doc if verdicts else stats.TYPICAL_SE_DOC
+    se_doc = verdicts[-1].se_doc if verdicts else stats.TYPICAL_SE_DOC
+    return *seed_noise(entries, stood(entries)[-1:]), se_doc

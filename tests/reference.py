@@ -49,9 +49,8 @@ class Net:
     passes: int = 1  # of the whole network; all but the last are detached (tiny)
     norm_passes: bool = False  # an RMS norm after each pass, beside the one before the head (tiny)
 
-def parameter_shapes(
-    n_layer, n_embd, n_head, hidden, padded_vocab, iha=True, head_gate=True, xsa=False, mtp=True
-):
+def parameter_shapes(n_layer, n_embd, n_head, hidden, padded_vocab, iha=True, head_gate=True, xsa=False,
+                     mtp=True):
     """{name: shape} of every parameter, as in the table at the top."""
     d = n_embd
 
@@ -294,9 +293,7 @@ def muon_state(weight):
     second = torch.zeros((rows, 1) if rows >= columns else (1, columns), dtype=torch.float64)
     return torch.zeros_like(weight), second
 
-def muon_step(
-    weight, gradient, buffer, second, lr, momentum, weight_decay, beta2=0.95, normalize_rows=True
-):
+def muon_step(weight, gradient, buffer, second, lr, momentum, weight_decay, beta2=0.95, normalize_rows=True):
     """One Muon step of one matrix (R, C) -> (weight, buffer, second), all new tensors.
 
     Nesterov momentum, row normalisation (MuonEq-R), Polar Express, variance reduction along one axis at equal
@@ -414,9 +411,8 @@ def permutation(n, seed):
     """(n,) int64 from torch's own generator on the CPU."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
-def epoch_sequences(
-    tokens, doc_starts, epoch, size, doc_seed=0, sequence_seed=1000, first_in_file_order=True
-):
+def epoch_sequences(tokens, doc_starts, epoch, size, doc_seed=0, sequence_seed=1000,
+                    first_in_file_order=True):
     """Document shuffle: the (n, size) sequences of a 1-based epoch, in training order.
 
     The documents of epoch e are those of epoch e-1 permuted by seed doc_seed+e (epoch 1: file order), joined,

@@ -73,11 +73,8 @@ def test_documents_across_blocks(tokens, block):
         starts = [i for i, token in enumerate(tokens) if token == 3]
         assert shards.document_starts(tokens, 3).tolist() == starts
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-        assert shards.describe(tokens, 3) == {
-            "tokens": len(tokens),
-            "documents": len(starts),
-            "sha256": digest,
-        }
+        assert shards.describe(tokens, 3) == {"tokens": len(tokens), "documents": len(starts),
+                                              "sha256": digest}
 
 @pytest.fixture
 def folder(tmp_path):
@@ -99,37 +96,30 @@ def overwrite(path, position, content):
         file.seek(position)
         file.write(content)
 
-DAMAGES = {
-    "flipped byte": (
-        lambda d: overwrite(d / "train.bin", FIRST + 2 * 55, b"\x01\x00"),
-        "train.bin is damaged: sha256",
-    ),
-    "no BOS first": (lambda d: overwrite(d / "val.bin", FIRST, b"\x07\x00"), "BOS (99) is missing"),
-    "no BOS later": (
-        lambda d: overwrite(d / "val.bin", FIRST + 20, b"\x07\x00"),
-        "BOS at 3 document starts",
-    ),
-    "token beyond": (lambda d: overwrite(d / "audit.bin", FIRST + 6, b"\x64\x00"), "token id 100, beyond"),
-    "short": (lambda d: os.truncate(d / "train.bin", FIRST + 399), "train.bin is truncated: 1,423 bytes"),
-    "no header": (lambda d: os.truncate(d / "train.bin", 12), "train.bin is truncated: 12 bytes"),
-    "empty": (lambda d: os.truncate(d / "train.bin", 0), "train.bin is truncated: 0 bytes"),
-    "long": (lambda d: os.truncate(d / "train.bin", FIRST + 402), "train.bin is too long"),
-    "other length": (
-        lambda d: shutil.copy(d / "val.bin", d / "train.bin"),
-        "40 tokens, the manifest says 200",
-    ),
-    "magic": (
-        lambda d: overwrite(d / "val.bin", 0, b"PK\3\4"),
-        "val.bin is no token file: its magic number is",
-    ),
-    "version": (lambda d: overwrite(d / "val.bin", 4, b"\2"), "val.bin has version 2"),
-    "no split": (lambda d: os.remove(d / "audit.bin"), "audit.bin is missing"),
-    "no manifest": (lambda d: os.remove(d / "manifest.json"), "manifest.json is missing"),
-    "bad manifest": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is damaged"),
-    "poor manifest": (lambda d: (d / "manifest.json").write_text("{}"), "manifest.json is damaged"),
-    "no token bytes": (lambda d: os.remove(d / "token_bytes.bin"), "token_bytes.bin is missing"),
-    "token bytes": (lambda d: overwrite(d / "token_bytes.bin", 5, b"\2"), "token_bytes.bin is damaged"),
-}
+DAMAGES = {"flipped byte": (lambda d: overwrite(d / "train.bin", FIRST + 2 * 55,
+                                                b"\x01\x00"), "train.bin is damaged: sha256"),
+           "no BOS first": (lambda d: overwrite(d / "val.bin", FIRST, b"\x07\x00"), "BOS (99) is missing"),
+           "no BOS later": (lambda d: overwrite(d / "val.bin", FIRST + 20,
+                                                b"\x07\x00"), "BOS at 3 document starts"),
+           "token beyond": (lambda d: overwrite(d / "audit.bin", FIRST + 6,
+                                                b"\x64\x00"), "token id 100, beyond"),
+           "short": (lambda d: os.truncate(d / "train.bin",
+                                           FIRST + 399), "train.bin is truncated: 1,423 bytes"),
+           "no header": (lambda d: os.truncate(d / "train.bin", 12), "train.bin is truncated: 12 bytes"),
+           "empty": (lambda d: os.truncate(d / "train.bin", 0), "train.bin is truncated: 0 bytes"),
+           "long": (lambda d: os.truncate(d / "train.bin", FIRST + 402), "train.bin is too long"),
+           "other length": (lambda d: shutil.copy(d / "val.bin",
+                                                  d / "train.bin"), "40 tokens, the manifest says 200"),
+           "magic": (lambda d: overwrite(d / "val.bin", 0,
+                                         b"PK\3\4"), "val.bin is no token file: its magic number is"),
+           "version": (lambda d: overwrite(d / "val.bin", 4, b"\2"), "val.bin has version 2"),
+           "no split": (lambda d: os.remove(d / "audit.bin"), "audit.bin is missing"),
+           "no manifest": (lambda d: os.remove(d / "manifest.json"), "manifest.json is missing"),
+           "bad manifest": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json is damaged"),
+           "poor manifest": (lambda d: (d / "manifest.json").write_text("{}"), "manifest.json is damaged"),
+           "no token bytes": (lambda d: os.remove(d / "token_bytes.bin"), "token_bytes.bin is missing"),
+           "token bytes": (lambda d: overwrite(d / "token_bytes.bin", 5,
+                                               b"\2"), "token_bytes.bin is damaged")}
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_verify_finds(folder, name):

@@ -52,9 +52,8 @@ def root(tmp_path_factory):
     (base / "README.md").write_text(README)
     random = np.random.RandomState(0)
     for number in range(FILES):
-        texts = [
-            f"{number} {row} " + " ".join(random.choice(WORDS, random.randint(150))) for row in range(ROWS)
-        ]
+        texts = [f"{number} {row} " + " ".join(random.choice(WORDS, random.randint(150)))
+                 for row in range(ROWS)]
         table = pa.table({"text": texts, "id": [random.bytes(500).hex() for _ in texts]})
         pq.write_table(table, base / f"sample/10BT/{number:03d}_00000.parquet", row_group_size=ROW_GROUP)
     pq.write_table(table, base / "data/CC-MAIN/000_00000.parquet")
@@ -100,15 +99,8 @@ def hub(root):
 
 def launch(url, folder, *arguments, out="data", sizes=SIZES):
     """A running `prepare.py fineweb100M …` that reads the hub at `url` and writes folder/out."""
-    command = [
-        sys.executable,
-        ROOT / "data/prepare.py",
-        "fineweb100M",
-        "--out",
-        folder / out,
-        *sizes,
-        *arguments,
-    ]
+    command = [sys.executable, ROOT / "data/prepare.py", "fineweb100M", "--out", folder / out, *sizes,
+               *arguments]
     environment = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "no_proxy": "*"}
     return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -374,25 +366,16 @@ def reference_container(tokens, split, form):
     if form == "plain":
         starts = torch.tensor([i for i, token in enumerate(tokens) if token == BOS])
         flat = torch.from_numpy(tokens.copy())
-        return {
-            "tokens": flat,
-            "doc_starts": starts,
-            "bos_id": BOS,
-            "seq_shuffle_seed": seed,
-            "seq_size": 2049,
-        }
+        return {"tokens": flat, "doc_starts": starts, "bos_id": BOS, "seq_shuffle_seed": seed,
+                "seq_size": 2049}
     sequences = tokens[: len(tokens) // 2049 * 2049].reshape(-1, 2049).copy()
     np.random.seed(seed)
     np.random.shuffle(sequences)
     counts = [len(sequences[start : start + 16]) for start in range(0, len(sequences), 16)]
     padding = np.zeros((-len(sequences) % 16, 2049), dtype=np.uint16)
     chunks = np.concatenate([sequences, padding]).reshape(-1, 16 * 2049)
-    return {
-        "chunks": [torch.from_numpy(chunk.copy()) for chunk in chunks],
-        "valid_counts": counts,
-        "batch_size": 16,
-        "sequence_size": 2049,
-    }
+    return {"chunks": [torch.from_numpy(chunk.copy()) for chunk in chunks], "valid_counts": counts,
+            "batch_size": 16, "sequence_size": 2049}
 
 @pytest.fixture(scope="module")
 def stream_tokens():
@@ -441,9 +424,7 @@ def test_import(hub, start, tmp_path, expected, form):
     if form == "plain":
         assert min(groups_asked_for(hub)) == documents // ROW_GROUP
 
-@pytest.mark.parametrize(
-    "content", [b"", b"no zip", {"tokens": [1, 2]}, {"other": 1}, [1], "seed", "no BOS"]
-)
+@pytest.mark.parametrize("content", [b"", b"no zip", {"tokens": [1, 2]}, {"other": 1}, [1], "seed", "no BOS"])
 def test_import_refuses(tmp_path, expected, content):
     path = tmp_path / "fineweb_val.pt"
     if isinstance(content, bytes):

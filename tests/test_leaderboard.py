@@ -81,11 +81,8 @@ class Repository:
     def __call__(self, *args, ok=True):
         """What a command prints: on stdout, or where it is refused on stderr."""
         out, err, code = io.StringIO(), io.StringIO(), 0
-        with (
-            imported(self.records) as module,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
+        with (imported(self.records) as module, contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err)):
             before = os.getcwd()
             os.chdir(self.root)
             try:
@@ -99,20 +96,8 @@ class Repository:
             assert err.getvalue().startswith("error: ")
         return out.getvalue() if ok else err.getvalue()
 
-    def run(
-        self,
-        name,
-        seed=42,
-        level=0.0,
-        source=SOURCE,
-        track="nano",
-        seed_sd=0.001,
-        audit_level=None,
-        harness=HARNESS,
-        config=(),
-        start=START,
-        **fields,
-    ):
+    def run(self, name, seed=42, level=0.0, source=SOURCE, track="nano", seed_sd=0.001, audit_level=None,
+            harness=HARNESS, config=(), start=START, **fields):
         """A run folder whose documents are `level` nats a token above the corpus's difficulty."""
         folder = self.root / "runs" / name
         (folder / "checkpoints").mkdir(parents=True)
@@ -128,32 +113,16 @@ class Repository:
         machine, seconds = fields.get("machine", CPU), fields.get("train_seconds", 300.0)
         config = {"seq_len": SEQ_LEN, "batch_tokens": 640, "n_layer": 2, **dict(config)}
         weights = f"weights of {name}".encode()
-        result = {
-            "track": track,
-            "seed": seed,
-            "config": config,
-            **losses,
-            "members": [{"checkpoint": "last.pt", "weight": 1.0, "val_loss": losses["val_loss"]}],
-            "parameters": 1_000_000,
-            "tokens_seen": STEPS * 640,
-            "steps": STEPS,
-            "training_flops": FLOPS,
-            "executed_flops": 1.05 * fields.get("training_flops", FLOPS),
-            "train_seconds": seconds,
-            "wall_seconds": seconds + 20,
-            "gpu_seconds": seconds * machine["count"],
-            "segments": [{"seconds": seconds, "ranks": machine["count"], "machine": machine}],
-            "machine": machine,
-            "data": DATA,
-            "source_sha256": sha256(source),
-            "harness_sha256": sha256(harness),
-            "logbook_sha256": sha256(LOGBOOK),
-            "val_evaluations": 4,
-            "violations": [],
-            "date": "2026-11-28",
-            "complete": True,
-            **fields,
-        }
+        result = {"track": track, "seed": seed, "config": config, **losses,
+                  "members": [{"checkpoint": "last.pt", "weight": 1.0, "val_loss": losses["val_loss"]}],
+                  "parameters": 1_000_000, "tokens_seen": STEPS * 640, "steps": STEPS,
+                  "training_flops": FLOPS, "executed_flops": 1.05 * fields.get("training_flops", FLOPS),
+                  "train_seconds": seconds, "wall_seconds": seconds + 20,
+                  "gpu_seconds": seconds * machine["count"],
+                  "segments": [{"seconds": seconds, "ranks": machine["count"], "machine": machine}],
+                  "machine": machine, "data": DATA, "source_sha256": sha256(source),
+                  "harness_sha256": sha256(harness), "logbook_sha256": sha256(LOGBOOK), "val_evaluations": 4,
+                  "violations": [], "date": "2026-11-28", "complete": True, **fields}
         train = 4 + rng.random(STEPS)
         rows = [{"kind": "eval", "member": 0, "step": 0, "epoch": 0, "loss": start, "at": 0}]
         text = f"slowrun {track}, seed {seed}: {machine['count']} x {machine['name']}, "
@@ -163,26 +132,15 @@ class Repository:
         text += f"start  val {start:.4f} before training\n"
         for step, loss in enumerate(train):
             at = seconds * (step + 1) / STEPS
-            rows.append(
-                {"kind": "step", "member": 0, "step": step, "loss": loss, "seconds": round(at, 3), "at": step}
-            )
+            rows.append({"kind": "step", "member": 0, "step": step, "loss": loss, "seconds": round(at, 3),
+                         "at": step})
             text += f"step   {step + 1:5d}/{STEPS}  train {loss:.4f}  {at:.1f} s\n"
             if step % 3 == 2:
                 val = losses["val_loss"] + (step < 5) * 0.1
-                rows.append(
-                    {
-                        "kind": "eval",
-                        "member": 0,
-                        "step": step + 1,
-                        "epoch": step // 3 + 1,
-                        "loss": val,
-                        "at": step + 1,
-                    }
-                )
-                text += (
-                    f"epoch  {step // 3 + 1:3d}/2  step {step + 1:5d}  train {loss:.4f}  val {val:.4f}  "
-                    f"1.0 bpb  {at / 60:.1f} min  1,000 tok/s\n"
-                )
+                rows.append({"kind": "eval", "member": 0, "step": step + 1, "epoch": step // 3 + 1,
+                             "loss": val, "at": step + 1})
+                text += (f"epoch  {step // 3 + 1:3d}/2  step {step + 1:5d}  train {loss:.4f}  val {val:.4f}  "
+                         f"1.0 bpb  {at / 60:.1f} min  1,000 tok/s\n")
         rows.append({"kind": "final", "step": STEPS, **losses, "at": STEPS})
         r = result
         text += (
@@ -198,19 +156,15 @@ class Repository:
             if all(isinstance(r[key], float) for key in ("val_loss", "audit_loss"))
             else ""
         )
-        head = b"".join(
-            b"source %s %d bytes sha256 %s\n%s\n" % (file, len(body), sha256(body).encode(), body)
-            for file, body in ((b"train_gpt.py", source), (b"harness.py", harness),
-                               (b"logbook.py", harness and LOGBOOK))
-            if body
-        )
+        head = b"".join(b"source %s %d bytes sha256 %s\n%s\n" % (file, len(body), sha256(body).encode(), body)
+                        for file, body in ((b"train_gpt.py", source), (b"harness.py", harness),
+                                           (b"logbook.py", harness and LOGBOOK)) if body)
         if not harness:
             for key in ("harness_sha256", "logbook_sha256", "segments", "steps", "executed_flops"):
                 del result[key]
         (folder / "result.json").write_text(json.dumps(result))
-        (folder / "run.json").write_text(
-            json.dumps({"track": track, "seed": seed, "config": config, "started": seed})
-        )
+        (folder / "run.json").write_text(json.dumps({"track": track, "seed": seed, "config": config,
+                                                     "started": seed}))
         (folder / "train_gpt.py").write_bytes(source)
         (folder / "log.txt").write_bytes(head + text.encode())
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -225,9 +179,8 @@ class Repository:
         return [self.run(f"{name}{seed}", seed=seed, **kwargs) for seed in range(first, first + seeds)]
 
     def add(self, runs, slug, *more, ok=True, by=("ada", "grace")):
-        return self(
-            "add", *runs, "--slug", slug, "--title", f"title of {slug}", "--contributors", *by, *more, ok=ok
-        )
+        return self("add", *runs, "--slug", slug, "--title", f"title of {slug}", "--contributors", *by, *more,
+                    ok=ok)
 
     def write_readmes(self):
         for readme in self.records.glob("*/[0-9]*/README.md"):
@@ -310,11 +263,8 @@ def copy(filled, tmp_path):
 def test_entries_hold_what_they_should(filled):
     assert filled.entries() == ["nano/01_start", "nano/02_better", "nano/03_again", "nano/04_worse"]
     folder = filled.records / "nano/02_better"
-    of_seeds = [
-        f"{name}_seed{seed}{end}"
-        for name, end in (("log", ".txt"), ("metrics", ".jsonl.gz"))
-        for seed in (42, 43, 44)
-    ]
+    of_seeds = [f"{name}_seed{seed}{end}" for name, end in (("log", ".txt"), ("metrics", ".jsonl.gz"))
+                for seed in (42, 43, 44)]
     assert sorted(file.name for file in folder.iterdir()) == sorted(
         ["README.md", "changes.diff", "doc_losses.npz", "record.json", *of_seeds]
     )
@@ -348,14 +298,10 @@ def test_changes_stand_beside_the_entry_and_are_printed_in_short(filled, repo):
 def test_add_prints_the_verdict_and_puts_seeds_in_order(repo):
     repo.add(repo.runs("base"), "start", "--kind", "baseline")
     text = repo.add(repo.runs("better", level=-0.02, source=SOURCE + b"# better\n")[::-1], "better")
-    gain, half, z = map(
-        float, re.search(r"gain ([+-]\S+) ± (\S+) against #1, z = (\S+): passes", text).groups()
-    )
-    assert (
-        gain == pytest.approx(0.02, abs=0.004)
-        and z == pytest.approx(1.96 * gain / half, rel=0.05)
-        and z > 2.33
-    )
+    gain, half, z = map(float, re.search(r"gain ([+-]\S+) ± (\S+) against #1, z = (\S+): passes",
+                                         text).groups())
+    assert (gain == pytest.approx(0.02, abs=0.004) and z == pytest.approx(1.96 * gain / half, rel=0.05)
+            and z > 2.33)
     record = json.loads((repo.records / "nano/02_better/record.json").read_text())
     assert [run["seed"] for run in record["runs"]] == [42, 43, 44]
 
@@ -363,9 +309,8 @@ def test_a_gain_within_the_noise_is_refused_and_says_how_many_seeds_would_decide
     repo.add(repo.runs("base", seed_sd=0.0), "start", "--kind", "baseline")
     tie = repo.runs("tie", level=-0.003, source=SOURCE + b"# tie\n", seed_sd=0.0)
     message = repo.add(tie, "tie", ok=False)
-    assert "below 2.33" in message and re.search(
-        r"about \d+ more seeds would pass|no number of seeds", message
-    )
+    assert "below 2.33" in message and re.search(r"about \d+ more seeds would pass|no number of seeds",
+                                                 message)
     repo.add(tie, "tie", "--kind", "negative")
     assert repo.entries() == ["nano/01_start", "nano/02_tie"]
 
@@ -459,9 +404,8 @@ def lower_the_log_too(folder):
             )
 
 def segments(*parts, **more):
-    return lambda folder: edit_result(
-        folder, segments=[{"seconds": s, "ranks": n, "machine": CPU} for s, n in parts], **more
-    )
+    return lambda folder: edit_result(folder, segments=[{"seconds": s, "ranks": n, "machine": CPU}
+                                                        for s, n in parts], **more)
 
 @pytest.mark.parametrize(
     "cheat, message",
@@ -533,10 +477,8 @@ def test_a_result_that_its_log_or_metrics_contradict(repo, cheat, message):
     assert message in repo.add([folder], "bad", "--kind", "baseline", ok=False)
     assert not list(repo.records.glob("nano/*"))
 
-@pytest.mark.parametrize(
-    "start, message",
-    [(8.2, "at least 8.3078"), (5.0, "at least 8.3078"), (9.5, "at most 9.3178"), (8.4, None)],
-)
+@pytest.mark.parametrize("start, message", [(8.2, "at least 8.3078"), (5.0, "at least 8.3078"),
+                                            (9.5, "at most 9.3178"), (8.4, None)])
 def test_a_start_that_untrained_weights_cannot_have(repo, start, message):
     said = repo.add([repo.run("warm", start=start)], "warm", "--kind", "baseline", ok=message is None)
     assert (message or "filed") in said
@@ -704,9 +646,8 @@ def test_caps_of_the_dear_tracks(repo, track, fields, message):
     repo.add([repo.run("fair", **FAIR, track=track, train_seconds=890.0)], "fair", "--kind", "baseline")
 
 def test_one_h100_for_eight_hours_is_eight_for_one(repo):
-    lone = repo.run(
-        "lone", track="limited", **FAIR | {"machine": H100S | {"count": 1}}, train_seconds=28700.0
-    )
+    lone = repo.run("lone", track="limited", **FAIR | {"machine": H100S | {"count": 1}},
+                    train_seconds=28700.0)
     repo.add([lone], "lone", "--kind", "baseline")
 
 def test_the_cap_is_on_the_sum_of_segments(repo):
@@ -776,26 +717,13 @@ def test_the_manifest_decides_where_there_is_one(repo):
     repo.add([repo.run("two")], "two", "--kind", "baseline")
     splits["train"]["sha256"] = "7" * 64
     manifest.write_text(json.dumps({"splits": splits}))
-    assert "its train is not that of" in repo.add(
-        [repo.run("three")], "three", "--kind", "negative", ok=False
-    )
+    assert "its train is not that of" in repo.add([repo.run("three")], "three", "--kind", "negative",
+                                                  ok=False)
 
 def test_a_kill_while_filing_leaves_no_half_entry(repo):
     runs = [str(run) for run in repo.runs("base")]
-    command = [
-        sys.executable,
-        repo.records / "leaderboard.py",
-        "add",
-        *runs,
-        "--slug",
-        "start",
-        "--kind",
-        "baseline",
-        "--title",
-        "start",
-        "--contributors",
-        "ada",
-    ]
+    command = [sys.executable, repo.records / "leaderboard.py", "add", *runs, "--slug", "start", "--kind",
+               "baseline", "--title", "start", "--contributors", "ada"]
     for _ in range(3):
         adding = subprocess.Popen(command, cwd=repo.root, stdout=subprocess.DEVNULL)
         while adding.poll() is None and not list(repo.root.glob("records/nano/.new_*/*/*")):
@@ -814,14 +742,8 @@ def test_a_kill_while_filing_leaves_no_half_entry(repo):
 
 # ---- Hostile entries ---------------------------------------------------------------------------------------
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    "[free](javascript:alert(1))",
-    "x --><!-- leaderboard:end --> gone",
-    "a `b` *c* _d_",
-    "see https://evil.example and www.evil.example",
-    "![x](http://e.example/x.png)",
-]
+HOSTILE = ["<script>alert(1)</script>", "[free](javascript:alert(1))", "x --><!-- leaderboard:end --> gone",
+           "a `b` *c* _d_", "see https://evil.example and www.evil.example", "![x](http://e.example/x.png)"]
 
 def test_a_title_shows_as_text_and_nothing_else(repo):
     for seed, title in enumerate(HOSTILE, 42):
@@ -836,10 +758,8 @@ def test_a_title_shows_as_text_and_nothing_else(repo):
         text = page.read_text()
         assert not re.search(link, text) and text.count("<!-- leaderboard:end -->") == (page in pages[:2])
 
-@pytest.mark.parametrize(
-    "title",
-    ["two\nlines", "bell\x07", "over\u202eflow", "a | cell", "\x1b[31mred", "end\n", "zero\u200bwidth"],
-)
+@pytest.mark.parametrize("title", ["two\nlines", "bell\x07", "over\u202eflow", "a | cell", "\x1b[31mred",
+                                   "end\n", "zero\u200bwidth"])
 def test_titles_and_names_hold_no_control_characters(repo, title):
     run = repo.run("one")
     for given in (["--title", title, "--contributors", "ada"], ["--title", "title", "--contributors", title]):
@@ -978,10 +898,8 @@ def test_every_entry_is_checked_though_one_crashes(copy):
         err = io.StringIO()
         with contextlib.redirect_stderr(err), pytest.raises(SystemExit):
             leaderboard.main(["check"])
-    assert (
-        "01_start: cannot be checked: RecursionError" in err.getvalue()
-        and "04_worse/README.md" in err.getvalue()
-    )
+    assert ("01_start: cannot be checked: RecursionError" in err.getvalue()
+            and "04_worse/README.md" in err.getvalue())
 
 def test_check_refuses_a_record_that_is_none(copy):
     copy.edit(copy.records / "nano/04_worse/record.json", lambda record: record.update(kind="record"))
@@ -1014,11 +932,8 @@ def test_render_is_idempotent_deterministic_and_knows_when_it_is_stale(copy):
     copy("render")
     assert generated(copy) == first
     text = first[copy.root / "README.md"].decode()
-    assert (
-        text.startswith("# Slowrun\n\nbefore\n<!--")
-        and text.endswith("-->\nafter\n")
-        and "\nold\n" not in text
-    )
+    assert (text.startswith("# Slowrun\n\nbefore\n<!--") and text.endswith("-->\nafter\n")
+            and "\nold\n" not in text)
     for page in list(first)[:3]:
         page.write_bytes(first[page].replace(b"hopper" if b"hopper" in first[page] else b"ada", b"nobody"))
         assert f"{page.relative_to(copy.root)} out of date" in copy("render", "--check", ok=False)
@@ -1027,29 +942,23 @@ def test_render_is_idempotent_deterministic_and_knows_when_it_is_stale(copy):
 def test_the_tables_say_what_is_known(copy):
     copy("render")
     front = (copy.root / "README.md").read_text()
-    assert re.search(
-        r"\[`nano`\]\(records/README.md#nano\) \|.*\| – \| reproduced 1/1 \| ada, grace \|", front
-    )
+    assert re.search(r"\[`nano`\]\(records/README.md#nano\) \|.*\| – \| reproduced 1/1 \| ada, grace \|",
+                     front)
     assert re.search(r"#limited\) \|.*\| 3\.183 \| 6\.44x \| published \| dangxingyu \| 2026-09-05 \|", front)
     text = (copy.records / "README.md").read_text()
     table = text[text.index("### limited") : text.index("### two_hour")]
     published = [line for line in table.splitlines() if line.startswith("| p")]
     assert len(published) == 21 and all("published, not verified here" in line for line in published)
     assert "| p20 | 3.195 | 6.13x | – |" in table and "sawtooth weight decay" in table
-    assert (
-        "/pull/98)" in published[-1]
-        and "merged script was not seen" in published[-1]
-        and "3.2005" in published[-1]
-    )
+    assert ("/pull/98)" in published[-1] and "merged script was not seen" in published[-1]
+            and "3.2005" in published[-1])
     nano = text[text.index("### nano") : text.index("### tiny")]
     assert re.search(
         r"\| 2 \| \d\.\d{3} \| – \| \d\.\d{3} \| reproduced 1/1; 3 seeds; \+0\.0\d+ ± 0\.00\d+ against #1",
         nano,
     )
-    assert (
-        "(nano/02_better/log_seed42.txt), [changes](nano/02_better/changes.diff)" in nano
-        and "ada, grace" in nano
-    )
+    assert ("(nano/02_better/log_seed42.txt), [changes](nano/02_better/changes.diff)" in nano
+            and "ada, grace" in nano)
     assert "#3, reproduction" in nano and "agrees with #2" in nano and "#4, negative" in nano
     looks, gap, error = re.search(
         r"watch: (\d+) looks at val so far.*exceed gains on audit by (\S+) ± (\S+) ", nano
@@ -1168,22 +1077,12 @@ def test_reproduce_runs_the_entry_s_own_sources(copy):
         '#!/bin/bash\ncd "$(dirname "$0")"\necho "$@"; cat train_gpt.py harness.py logbook.py config.json\n'
         "ls -d records/tracks.json runs/better42; exit 7\n"
     )
-    command = [
-        sys.executable,
-        copy.records / "leaderboard.py",
-        "reproduce",
-        "nano/2",
-        "--seed",
-        "99",
-        "--device-batch",
-        "4",
-    ]
+    command = [sys.executable, copy.records / "leaderboard.py", "reproduce", "nano/2", "--seed", "99",
+               "--device-batch", "4"]
     done = subprocess.run(list(map(str, command)), cwd=copy.root, capture_output=True, text=True)
     assert done.returncode == 7, done.stderr
-    assert (
-        "nano --config" in done.stdout
-        and "--seed 99 --run-name reproduce_nano_2_s99 --device-batch 4" in done.stdout
-    )
+    assert ("nano --config" in done.stdout
+            and "--seed 99 --run-name reproduce_nano_2_s99 --device-batch 4" in done.stdout)
     assert "better\n# the harness\n# the logbook\n" in done.stdout and '"batch_tokens": 640' in done.stdout
     assert "records/tracks.json\nruns/better42" in done.stdout
     assert "unknown: --what" in copy("check", "--what", ok=False)
@@ -1234,7 +1133,6 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(filled):
 @pytest.mark.parametrize("command", [("check",), ("render", "--check")])
 def test_the_records_of_this_repository_are_sound_and_rendered(command):
     """So a pull request with a bad record, or with stale tables, fails."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "records/leaderboard.py", *command], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, ROOT / "records/leaderboard.py", *command], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,17 +27,8 @@ from logbook import comments, write_atomic
 from train_gpt import Config, Mode
 
 VOCAB, T = 61, 32
-SMALL = dict(
-    n_layer=6,
-    n_head=2,
-    n_embd=64,
-    seq_len=T,
-    batch_tokens=4 * T,
-    window_stages=((1, 0.15, 1),),
-    dropout=0.0,
-    stochastic_depth=0.0,
-    replay="3-4",
-)
+SMALL = dict(n_layer=6, n_head=2, n_embd=64, seq_len=T, batch_tokens=4 * T, window_stages=((1, 0.15, 1),),
+             dropout=0.0, stochastic_depth=0.0, replay="3-4")
 PLAIN = dict(unet_skips=False, values="none", head_gate=False, head_mixing=False)
 TINY = dict(rope="half", xsa="learned", mtp="head", passes=2)
 TINY |= dict(head_mixing=False, replay="none")
@@ -84,17 +75,9 @@ def reference_of(model, mode):
         frequencies, scale = ref.yarn(frequencies, scale, old, new)
     long = [*range(3, L, 4), L - 1, L]  # the extra block too
     passes = (*map(int, c.replay.split("-")), c.replay_passes) if mode.replay else None
-    return params, ref.Net(
-        VOCAB,
-        ref.layer_windows(L, *stages[-1]),
-        ref.layer_order(L, passes),
-        frequencies,
-        scale,
-        c.softcap,
-        key_offset_layers=long if c.rope == "half" else (),
-        passes=mode.passes,
-        norm_passes=c.passes > 1,
-    )
+    return params, ref.Net(VOCAB, ref.layer_windows(L, *stages[-1]), ref.layer_order(L, passes), frequencies,
+                           scale, c.softcap, key_offset_layers=long if c.rope == "half" else (),
+                           passes=mode.passes, norm_passes=c.passes > 1)
 
 def reference_loss(c, params, sequences, net, ahead=(1.0,), teacher=None):
     """The training loss; `teacher` is the (parameters, Net) of a lesson."""
@@ -282,12 +265,8 @@ def test_a_frozen_model_scores_the_same_bits():
 # ---- Attention and rotary embedding ------------------------------------------------------------------------
 
 @settings(max_examples=25, deadline=None)
-@given(
-    length=st.integers(1, 300),
-    window=st.integers(0, 320),
-    scale=st.sampled_from([0.1, 0.5, 2.0]),
-    seed=st.integers(0, 99),
-)
+@given(length=st.integers(1, 300), window=st.integers(0, 320), scale=st.sampled_from([0.1, 0.5, 2.0]),
+       seed=st.integers(0, 99))
 @exact()
 def test_attention_is_a_masked_softmax(length, window, scale, seed):
     q, k, v = (normal(2, length, 2, 4, seed=3 * seed + i).requires_grad_() for i in range(3))
@@ -316,10 +295,8 @@ def test_attention_of_cuda_asks_its_kernel_for_the_same(window):
         left, right = window_size
         assert right == 0 and torch.equal(starts_q, starts_k) and starts_q.dtype == torch.int32
         assert longest_q == longest_k == starts_q.diff().max()
-        parts = [
-            ref.windowed_attention(*(t[None, a:b] for t in (q, k, v)), left if left >= 0 else 10**6, scale)[0]
-            for a, b in itertools.pairwise(starts_q.tolist())
-        ]
+        parts = [ref.windowed_attention(*(t[None, a:b] for t in (q, k, v)), left if left >= 0 else 10**6,
+                                        scale)[0] for a, b in itertools.pairwise(starts_q.tolist())]
         return torch.cat(parts)
 
     q, k, v = (normal(3, T, 2, 4, seed=i) for i in range(3))
@@ -339,9 +316,8 @@ def test_rotary_embedding_in_float32():
     *tables, scale = make_model(**changes).trunk(tokens, first)[1]
     assert scale == 32**-0.5
     # The angle is a float32 up to 2047: 2^-14 from its last place, as much from the frequency's; |x| < 4.
-    torch.testing.assert_close(
-        train_gpt.rotate(x, tables), ref.rotate(x, ref.rope_frequencies(32)), rtol=0, atol=4 * 2.0**-13
-    )
+    torch.testing.assert_close(train_gpt.rotate(x, tables), ref.rotate(x, ref.rope_frequencies(32)), rtol=0,
+                               atol=4 * 2.0**-13)
     with exact():
         *tables, _ = make_model(**changes).trunk(tokens, first)[1]
         assert_close(train_gpt.rotate(x[:, :100], tables), ref.rotate(x, ref.rope_frequencies(32))[:, :100])
@@ -368,11 +344,8 @@ def test_stages_of_two_hour_are_the_recipes():
     assert scales == [0.0883883] * 6 + [0.1033666] * 7 + [0.1061271] * 9
 
 @settings(max_examples=50, deadline=None)
-@given(
-    windows=st.lists(st.integers(8, 512), min_size=1, max_size=5),
-    rope=st.sampled_from(["full", "half"]),
-    head_dim=st.sampled_from([32, 36, 64, 128]),
-)
+@given(windows=st.lists(st.integers(8, 512), min_size=1, max_size=5), rope=st.sampled_from(["full", "half"]),
+       head_dim=st.sampled_from([32, 36, 64, 128]))
 @exact()
 def test_growing_windows_stretch_as_yarn_does(windows, rope, head_dim):
     """Whenever the window is wider than any before; for an equal one the reference needs no case either."""
@@ -424,20 +397,13 @@ def plain_loss(x, W, y, w, softcap, lesson=None, weight=0.0, temperature=1.0):
     return loss
 
 @settings(max_examples=40, deadline=None)
-@given(
-    tokens=st.integers(1, 40),
-    targets=st.integers(1, 3),
-    vocab=st.integers(2, 97),
-    rows=st.integers(1, 45),
-    scale=st.sampled_from([0.01, 1.0, 30.0]),
-    softcap=st.sampled_from([1.0, 10.0, 40.0]),
-    temperature=st.sampled_from([None, 1.0, 1.2, 5.0]),
-    seed=st.integers(0, 99),
-)
+@given(tokens=st.integers(1, 40), targets=st.integers(1, 3), vocab=st.integers(2, 97),
+       rows=st.integers(1, 45), scale=st.sampled_from([0.01, 1.0, 30.0]),
+       softcap=st.sampled_from([1.0, 10.0, 40.0]), temperature=st.sampled_from([None, 1.0, 1.2, 5.0]),
+       seed=st.integers(0, 99))
 @exact()
-def test_head_loss_and_gradients_are_the_plain_ones(
-    tokens, targets, vocab, rows, scale, softcap, temperature, seed
-):
+def test_head_loss_and_gradients_are_the_plain_ones(tokens, targets, vocab, rows, scale, softcap, temperature,
+                                                    seed):
     """Some weights are 0, as at a sequence's end; without a teacher (temperature None) all of a token's."""
     x, W = scale * normal(tokens, 8, seed=seed), normal(vocab, 8, seed=seed + 1)
     y = torch.randint(vocab, (tokens, targets), generator=torch.Generator().manual_seed(seed))
@@ -512,9 +478,8 @@ def test_probabilities_sum_to_one():
     assert model.logits(x).shape == (1, T, VOCAB)
     every = torch.arange(VOCAB).view(1, VOCAB)
     for t in (0, T - 1):
-        logp = train_gpt.target_logprobs(
-            x[:, t : t + 1].expand(1, VOCAB, -1), model.head[:VOCAB], every, model.c.softcap
-        )
+        logp = train_gpt.target_logprobs(x[:, t : t + 1].expand(1, VOCAB, -1), model.head[:VOCAB], every,
+                                         model.c.softcap)
         assert logp.dtype == torch.float64
         # Each of the float32 sums of VOCAB exponentials rounds to 2^-24, relatively.
         assert abs(logp.exp().sum().item() - 1) < 4 * 2**-24 * math.sqrt(VOCAB)
@@ -528,10 +493,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.entries = max(
-            [self.entries]
-            + [t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
-        )
+        self.entries = max([self.entries] + [t.numel() for t in torch.utils._pytree.tree_leaves(out)
+                                             if isinstance(t, torch.Tensor)])
         return out
 
 def test_no_tensor_holds_the_logits_of_all_tokens():
@@ -792,10 +755,8 @@ def test_flops_are_those_that_torch_counts(track, changes, vocab):
             with mock.patch.dict(train_gpt.ATTENTION, meta=train_gpt.ATTENTION["cpu"]):
                 assert mine < count(mode) < mine - seen + whole
         # A pass for scoring: no MTP block, no teacher and no backward pass, but all passes of the network.
-        with (
-            mock.patch.dict(train_gpt.ATTENTION, meta=lambda q, k, v, window, scale: q + k + v),
-            FlopCounterMode(display=False) as counter,
-        ):
+        with (mock.patch.dict(train_gpt.ATTENTION, meta=lambda q, k, v, window, scale: q + k + v),
+              FlopCounterMode(display=False) as counter):
             model.target_logprobs(sequences, mode)
         scoring = train_gpt.flops_per_token(c, vocab, mode, training=False)
         expected = counter.get_total_flops() / c.seq_len + mode.passes * trunk
@@ -809,9 +770,7 @@ def small_track(track, n_layer=2, replay="1-1"):
     row = train_gpt.TRACKS[track]
     size = {name: SMALL[name] for name in ("n_head", "n_embd", "seq_len", "batch_tokens")}
     replay = "none" if row.get("replay") == "none" else replay
-    return Config(
-        **row | size | dict(n_layer=n_layer, batch_tokens_ends=0, replay=replay, replay_passes=2)
-    )
+    return Config(**row | size | dict(n_layer=n_layer, batch_tokens_ends=0, replay=replay, replay_passes=2))
 
 def variants_of(c):
     """[(mode, ahead, taught)]: all kinds of steps of a chain's first member and of those with a teacher."""
@@ -869,9 +828,8 @@ def test_whole_loss_is_one_graph(counted, track):
             assert len(kernels) == len(c.layer_order(mode.replay)) * mode.passes + (c.mtp == "block")
     assert all(p.grad is not None for p in model.parameters())
 
-@pytest.mark.parametrize(
-    ("track", "depths"), [slow("tiny", (4,)), slow("two_hour", (4, 6)), ("nano_unlimited", (4,))], ids=str
-)
+@pytest.mark.parametrize(("track", "depths"), [slow("tiny", (4,)), slow("two_hour", (4, 6)),
+                                               ("nano_unlimited", (4,))], ids=str)
 def test_after_the_warm_up_nothing_compiles(counted, track, depths):
     """Whatever the modes, members and batches of a run. A deeper network has no more graphs."""
     graphs, backend = counted

@@ -28,12 +28,8 @@ def make_params(**switches):
     return params
 
 def make_net(**changes):
-    defaults = dict(
-        vocab_size=VOCAB,
-        windows=ref.layer_windows(LAYERS, 5, T),
-        order=ref.layer_order(LAYERS),
-        frequencies=ref.rope_frequencies(HEAD_WIDTH),
-    )
+    defaults = dict(vocab_size=VOCAB, windows=ref.layer_windows(LAYERS, 5, T), order=ref.layer_order(LAYERS),
+                    frequencies=ref.rope_frequencies(HEAD_WIDTH))
     return ref.Net(**(defaults | changes))
 
 def make_tokens(batch=2, length=T, seed=0):
@@ -136,10 +132,8 @@ def test_bare_model_written_out_with_torchs_operators():
         return F.rms_norm(x, (x.shape[-1],), eps=2**-23)
 
     def block(x, i):
-        q, k, v = (
-            F.linear(norm(x), p[f"blocks.{i}.attn.{name}"]).view(2, T, HEADS, -1).transpose(1, 2)
-            for name in "qkv"
-        )
+        q, k, v = (F.linear(norm(x), p[f"blocks.{i}.attn.{name}"]).view(2, T, HEADS, -1).transpose(1, 2)
+                   for name in "qkv")
         heads = F.scaled_dot_product_attention(norm(q), norm(k), v, is_causal=True)
         x = x + F.linear(heads.transpose(1, 2).reshape(2, T, WIDTH), p[f"blocks.{i}.attn.o"])
         gate, up, out = (p[f"blocks.{i}.mlp.{n}"] for n in ("gate", "up", "out"))
@@ -439,11 +433,9 @@ def test_muon_momentum():
 def test_planned_steps(targets, epochs, steps):
     assert ref.planned_steps(targets, epochs) == steps
 
-@pytest.mark.parametrize(
-    ("name", "start"),
-    [("limited 13-15", 1716), ("limited 16-19", 1525.09), ("two_hour 1-3", 3240.2), ("two_hour 4-6", 2668.91)]
-    + [("tiny 9-11,13", 2280), ("tiny 12,14-15", 2090)],
-)
+@pytest.mark.parametrize(("name", "start"), [("limited 13-15", 1716), ("limited 16-19", 1525.09),
+                                             ("two_hour 1-3", 3240.2), ("two_hour 4-6", 2668.91)]
+                         + [("tiny 9-11,13", 2280), ("tiny 12,14-15", 2090)])
 def test_starts_of_the_cyclic_tails(name, start):
     assert ref.cycle_position(0, ref.SCHEDULES[name])[0] == pytest.approx(start, abs=5e-3)
 
@@ -528,11 +520,8 @@ def test_step_shuffle_accumulates():
     assert torch.equal(ref.step_shuffle(190, 3), ref.step_shuffle(190, 2)[third])
 
 @settings(max_examples=15, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20),
-    size=st.integers(1, 5),
-    epoch=st.integers(1, 4),
-)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), size=st.integers(1, 5),
+       epoch=st.integers(1, 4))
 def test_document_shuffle_by_undoing_it(lengths, size, epoch):
     """Undo the sequences' permutation: whole documents are left, in the order of the seeds 2..epoch."""
     documents = [[100 * i + j for j in range(n)] for i, n in enumerate(lengths)]

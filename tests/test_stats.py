@@ -68,14 +68,8 @@ def test_bootstrap_agrees_with_scipy_and_with_the_formula():
     def gain(a, n, b, m, axis):
         return b.sum(axis) / m.sum(axis) - a.sum(axis) / n.sum(axis)
 
-    reference = scipy.stats.bootstrap(
-        (new.loss[0], new.tokens, old.loss[0], old.tokens),
-        gain,
-        paired=True,
-        n_resamples=5000,
-        method="percentile",
-        rng=np.random.default_rng(3),
-    )
+    reference = scipy.stats.bootstrap((new.loss[0], new.tokens, old.loss[0], old.tokens), gain, paired=True,
+                                      n_resamples=5000, method="percentile", rng=np.random.default_rng(3))
     draws = stats.bootstrap_gain(new, old, resamples=5000)
     assert draws.std() == pytest.approx(reference.standard_error, rel=0.05)
     assert draws.std() == pytest.approx(stats.paired_gain(new, old)[1], rel=0.1)
@@ -167,13 +161,8 @@ def test_no_number_of_seeds_beats_the_documents():
     assert stats.more_seeds(0.0009, 0.0004, 0.001, 3, 3) is None
     assert stats.more_seeds(-0.1, 0.0004, 0.001, 3, 3) is None
 
-@given(
-    gain=st.floats(1e-4, 0.05),
-    se_doc=st.floats(1e-5, 0.002),
-    s=st.floats(1e-4, 0.01),
-    n_new=st.integers(1, 9),
-    n_old=st.integers(1, 9),
-)
+@given(gain=st.floats(1e-4, 0.05), se_doc=st.floats(1e-5, 0.002), s=st.floats(1e-4, 0.01),
+       n_new=st.integers(1, 9), n_old=st.integers(1, 9))
 def test_more_seeds_is_the_fewest_that_pass(gain, se_doc, s, n_new, n_old):
     more = stats.more_seeds(gain, se_doc, s, n_new, n_old)
     if more is None:
@@ -237,11 +226,8 @@ EFFICIENCIES = {
 def test_efficiency_of_every_published_record():
     records = json.loads((ROOT / "records/published.json").read_text())["records"]
     for track, wanted in EFFICIENCIES.items():
-        losses = [
-            record["val_loss"]
-            for record in sorted(records, key=lambda r: r["number"])
-            if record["track"] == track
-        ]
+        losses = [record["val_loss"] for record in sorted(records, key=lambda r: r["number"])
+                  if record["track"] == track]
         assert [stats.efficiency(loss, BASELINE) for loss in losses] == pytest.approx(wanted, abs=0.0051)
 
 @pytest.mark.parametrize(

@@ -73,10 +73,8 @@ def test_muon_steps_are_the_references_for_each_matrix_of_a_stack(n, rows, colum
         G = scale * normal(n, rows, columns, seed=seed + 1 + step)
         momentum, lr, weight_decay = ref.muon_momentum(100 * step), 0.02 / (step + 1), 1.3 + step
         train_gpt.muon_update(W, G.clone(), state, lr, weight_decay, momentum, 0.95, row_norm, torch.float64)
-        expected = [
-            ref.muon_step(w, g, m, s, lr, momentum, weight_decay, normalize_rows=row_norm)
-            for (w, m, s), g in zip(expected, G)
-        ]
+        expected = [ref.muon_step(w, g, m, s, lr, momentum, weight_decay, normalize_rows=row_norm)
+                    for (w, m, s), g in zip(expected, G)]
     for i, (w, m, s) in enumerate(expected):
         # Singular values near 0 are raised up to 2000-fold by the five polynomials, and rounding with them.
         torch.testing.assert_close(W[i], w, rtol=0, atol=1e-10)
@@ -155,14 +153,8 @@ def test_groups_of_limited(team):
             muon[tuple(g.W.shape[1:])] += len(g.W)
         else:
             adamw[round(g.row.lr, 9), g.row.betas, g.row.weight_decay, g.W.dtype] += g.W.numel()
-    assert muon == {
-        (14, 12): 31,
-        (14, 32): 15,
-        (1792, 1792): 139,
-        (1792, 3584): 1,
-        (1792, 4864): 31,
-        (4864, 1792): 62,
-    }
+    assert muon == {(14, 12): 31, (14, 32): 15, (1792, 1792): 139, (1792, 3584): 1, (1792, 4864): 31,
+                    (4864, 1792): 62}
     table = 50304 * 1792
     assert adamw == {
         (0.00025, FAST, 0, torch.float32): 30 + 15,
@@ -181,11 +173,8 @@ def test_shards_of_eight_ranks_are_balanced():
     work, own = [], []
     for rank in range(8):
         team = Team(0, 1, rank, 8, None, None)
-        groups = [
-            g
-            for g in train_gpt.Optimizer(model, LIMITED, torch.bfloat16, team).groups
-            if g.row.optimizer == "muon"
-        ]
+        groups = [g for g in train_gpt.Optimizer(model, LIMITED, torch.bfloat16, team).groups
+                  if g.row.optimizer == "muon"]
         with FlopCounterMode(display=False) as counter:
             for g in groups:
                 g.update(1.0, 1.0, 0.95, 1)
@@ -224,13 +213,8 @@ def test_initial_values(changes, constants):
     model, again, other = (train_gpt.make_model(c, 61, "cpu", torch.float32) for _ in range(3))
     for m, seed in ((model, 1), (again, 1), (other, 2)):
         train_gpt.initialise(m, c, seed)
-    std = {
-        "embed": 1,
-        "head": 0.001,
-        "o": 1 / 16,
-        "out": 1 / 16,
-        **dict.fromkeys(["q", "k", "v", "value_proj", "value_tables", "gate", "up", "proj"], 1 / 16),
-    }
+    std = {"embed": 1, "head": 0.001, "o": 1 / 16, "out": 1 / 16,
+           **dict.fromkeys(["q", "k", "v", "value_proj", "value_tables", "gate", "up", "proj"], 1 / 16)}
     constant = {"lam": 1, "skip": 1, "mu": 0.1, "head_gate": 0, "value_gate": 0} | constants
     for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters()):
         key = name.split(".")[-1]
@@ -265,9 +249,8 @@ def values_of(model):
 def assert_near(actual, expected, atol):
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        torch.testing.assert_close(
-            value, expected[name], rtol=0, atol=atol, msg=lambda text: f"{name}: {text}"
-        )
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol,
+                                   msg=lambda text: f"{name}: {text}")
 
 def sgd_step(weight, gradient, buffer, lr, weight_decay):
     """Gradient descent with a momentum of 0.9, the decay as part of the gradient."""
@@ -422,13 +405,8 @@ def average_by_reference(values, c, per_epoch):
 
 @pytest.mark.parametrize("changes", AVERAGES, ids=["recency", "equal", "ema", "blend"])
 @settings(max_examples=40, deadline=None)
-@given(
-    epochs=st.integers(1, 20),
-    per_epoch=st.integers(4, 200),
-    average=st.integers(1, 20),
-    keep_final=st.floats(0, 1),
-    seed=st.integers(0, 99),
-)
+@given(epochs=st.integers(1, 20), per_epoch=st.integers(4, 200), average=st.integers(1, 20),
+       keep_final=st.floats(0, 1), seed=st.integers(0, 99))
 @example(12, 763, 3, 0.7, 0)
 @example(15, 760, 4, 0.6, 0)
 @example(3, 13, 1, 0.6, 0)
@@ -524,11 +502,8 @@ def test_the_network_changes_where_the_records_change_it():
     assert found == [(1, (False, 1, 0)), (9, (True, 1, 0))]
 
 @settings(max_examples=30, deadline=None)
-@given(
-    stages=st.lists(st.integers(2, 12), max_size=4, unique=True).map(sorted),
-    passes=st.integers(1, 3),
-    per_epoch=st.integers(40, 300),
-)
+@given(stages=st.lists(st.integers(2, 12), max_size=4, unique=True).map(sorted), passes=st.integers(1, 3),
+       per_epoch=st.integers(40, 300))
 def test_windows_grow_by_epochs_and_passes_by_steps(stages, passes, per_epoch):
     stages = [1, *stages]
     c = train_gpt.Config(**SMALL, window_stages=[(epoch, 0.5, 1) for epoch in stages], passes=passes)
@@ -584,32 +559,17 @@ def test_weights_of_the_heads_predictions_are_the_references(per_epoch):
         assert {other.ahead(step) for step in range(other.steps)} == {(1.0,)}
 
 @settings(max_examples=60, deadline=None)
-@given(
-    epochs=st.integers(1, 30),
-    per_epoch=st.integers(40, 300),
-    cycles=st.integers(0, 30),
-    warmdown=st.floats(0, 1),
-    power=st.floats(0.1, 3),
-    replay_from=st.integers(1, 30),
-    antiphase=st.booleans(),
-)
+@given(epochs=st.integers(1, 30), per_epoch=st.integers(40, 300), cycles=st.integers(0, 30),
+       warmdown=st.floats(0, 1), power=st.floats(0.1, 3), replay_from=st.integers(1, 30),
+       antiphase=st.booleans())
 @example(22, 800, 8, 0.2, 0.5, 14, True)
-def test_schedules_are_the_references_and_well_behaved(
-    epochs, per_epoch, cycles, warmdown, power, replay_from, antiphase
-):
+def test_schedules_are_the_references_and_well_behaved(epochs, per_epoch, cycles, warmdown, power,
+                                                       replay_from, antiphase):
     # Where cycles begin before 40% of the run the decay has no fall, and the reference is not meant for it.
     assume(cycles < 0.6 * epochs if antiphase else cycles <= epochs)
     wd = "antiphase" if antiphase else "constant"
-    c = train_gpt.Config(
-        **SMALL,
-        epochs=epochs,
-        cycles=cycles,
-        warmdown=warmdown,
-        warmdown_power=power,
-        average=1,
-        replay_from_epoch=replay_from,
-        wd_schedule=() if antiphase else [(0, 1)],
-    )
+    c = train_gpt.Config(**SMALL, epochs=epochs, cycles=cycles, warmdown=warmdown, warmdown_power=power,
+                         average=1, replay_from_epoch=replay_from, wd_schedule=() if antiphase else [(0, 1)])
     schedule = train_gpt.Schedule(c, per_epoch)
     N = schedule.steps
     assert N == round(epochs * per_epoch / 4)
@@ -638,9 +598,8 @@ def test_schedules_are_the_references_and_well_behaved(
     ("epochs", "cycles", "steps"), [(10, 6, 100), (25, 15, 205), (35, 21, 85), (3, 2, 30), (5, 5, 40)]
 )
 def test_decay_where_cycles_begin_before_it_would_fall(epochs, cycles, steps):
-    schedule = train_gpt.Schedule(
-        train_gpt.Config(**SMALL, epochs=epochs, cycles=cycles, average=1), steps * 4 / epochs
-    )
+    schedule = train_gpt.Schedule(train_gpt.Config(**SMALL, epochs=epochs, cycles=cycles, average=1),
+                                  steps * 4 / epochs)
     assert schedule.steps == steps
     decay = [schedule.weight_decay(step) for step in range(steps)]
     assert all(0.65 <= value <= 1.5 for value in decay)
@@ -652,9 +611,8 @@ def test_decay_where_cycles_begin_before_it_would_fall(epochs, cycles, steps):
 @st.composite
 def corpora(draw, longest=60):
     """(tokens, first positions of the documents): different tokens, so that each can be told apart."""
-    lengths = draw(
-        st.lists(st.integers(1, longest), min_size=1, max_size=40).filter(lambda ls: sum(ls) >= 34)
-    )
+    lengths = draw(st.lists(st.integers(1, longest), min_size=1,
+                            max_size=40).filter(lambda ls: sum(ls) >= 34))
     return np.arange(sum(lengths), dtype=np.uint16), np.cumsum([0, *lengths[:-1]])
 
 def make_stream(tokens, starts, seed=42, **changes):
@@ -704,9 +662,8 @@ def test_seeds_have_orders_of_their_own():
         np.concatenate([epoch_of(make_stream(tokens, starts, seed), e) for e in (1, 2)])
         for seed in (42, 43, 0)
     ]
-    assert not any(
-        np.array_equal(a, b) for a, b in ((runs[0], runs[1]), (runs[1], runs[2]), (runs[0], runs[2]))
-    )
+    assert not any(np.array_equal(a, b) for a, b in ((runs[0], runs[1]), (runs[1], runs[2]),
+                                                     (runs[0], runs[2])))
 
 def supplied(stream, c, rank, world, place, steps, device_batch):
     """What one of `world` ranks is supplied with for `steps` steps, a list of micro-batches each."""
@@ -717,14 +674,8 @@ def supplied(stream, c, rank, world, place, steps, device_batch):
     return taken
 
 @settings(max_examples=60, deadline=None)
-@given(
-    corpus=corpora(),
-    world=st.sampled_from([1, 2, 3, 8]),
-    device_batch=st.integers(1, 3),
-    micro=st.integers(1, 3),
-    place=st.integers(0, 100),
-    steps=st.integers(1, 5),
-)
+@given(corpus=corpora(), world=st.sampled_from([1, 2, 3, 8]), device_batch=st.integers(1, 3),
+       micro=st.integers(1, 3), place=st.integers(0, 100), steps=st.integers(1, 5))
 @example(
     corpus=(np.arange(17 * 30 + 5, dtype=np.uint16), np.arange(0, 17 * 30, 41)),
     world=2, device_batch=1, micro=2, place=0, steps=21,
@@ -866,31 +817,17 @@ def test_blocks_are_skipped_independently(p, seed):
 # ---- Ensembles ---------------------------------------------------------------------------------------------
 
 @settings(max_examples=100, deadline=None)
-@given(
-    link=st.integers(0, 30),
-    links=st.integers(2, 30),
-    epochs=st.integers(2, 60),
-    first_epochs=st.integers(0, 60),
-    replay_from=st.integers(1, 60),
-    distill_from=st.integers(1, 10),
-    ends=st.sampled_from([0, 32]),
-)
+@given(link=st.integers(0, 30), links=st.integers(2, 30), epochs=st.integers(2, 60),
+       first_epochs=st.integers(0, 60), replay_from=st.integers(1, 60), distill_from=st.integers(1, 10),
+       ends=st.sampled_from([0, 32]))
 @example(0, 20, 32, 16, 17, 1, 0)
 @example(0, 20, 51, 59, 52, 1, 0)
 @example(1, 5, 11, 0, 7, 1, 32)  # on the border of the first quarter
 def test_members_of_a_chain(link, links, epochs, first_epochs, replay_from, distill_from, ends):
     assume(link < links)
-    c = train_gpt.Config(
-        **SMALL,
-        epochs=epochs,
-        first_epochs=first_epochs,
-        replay_from_epoch=replay_from,
-        distill=0.7,
-        distill_after_members=distill_from,
-        batch_tokens_ends=ends,
-        cycles=0,
-        average=1,
-    )
+    c = train_gpt.Config(**SMALL, epochs=epochs, first_epochs=first_epochs, replay_from_epoch=replay_from,
+                         distill=0.7, distill_after_members=distill_from, batch_tokens_ends=ends, cycles=0,
+                         average=1)
     expected, taught = {}, link >= distill_from
     if not taught:
         expected["distill"] = 0.0
@@ -937,9 +874,8 @@ def test_perturbation_is_the_same_on_every_rank_and_other_at_every_link_and_seed
     assert all((found[0] != other).double().mean() > 0.99 for other in found[2:])
 
 @settings(max_examples=8, deadline=None)
-@given(
-    members=st.integers(1, 12), tokens=st.integers(1, 200), top=st.integers(1, 14), seed=st.integers(0, 99)
-)
+@given(members=st.integers(1, 12), tokens=st.integers(1, 200), top=st.integers(1, 14),
+       seed=st.integers(0, 99))
 def test_selection_is_the_references(members, tokens, top, seed):
     fitness = normal(members, tokens, 5, seed=seed).mul(2).log_softmax(-1)[..., 0]
     everyone = ref.select_weights(fitness.exp())
