@@ -1,5 +1,6 @@
 """What the files of this project look like: how long they may be, their blank lines, what the linter says."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -34,9 +35,9 @@ def test_lines_within_110_columns():
 def misplaced_blank_lines(lines):
     """Numbers of banners without two blank lines before them, and of functions and classes without one."""
     for i, line in enumerate(lines):
-        before = lines[max(0, i - 3):i]
-        if before and before[-1].startswith(("@", "#", ")", "]")):
-            continue  # this line belongs to a decorator or a comment
+        before, above = lines[max(0, i - 3):i], itertools.takewhile(bool, reversed(lines[:i]))
+        if before and before[-1].startswith("#") or any(text.startswith("@") for text in above):
+            continue  # this line belongs to a comment or a decorator
         blank = len(before) - max((n for n, text in enumerate(before, 1) if text), default=0)
         wanted = 2 if line.startswith("# ---- ") else 1 if re.match("def |class |@", line) else blank
         if blank != wanted:
