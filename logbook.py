@@ -249,6 +249,7 @@ def make_parser(Config, TRACKS, argv=None):
     add("--checkpointing", action=switch, default=False, help="compute blocks twice, to save memory")
     add("--data", metavar="DIR", help="the dataset's folder (default: data/ and the name of the dataset)")
     add("--dtype", choices=("bfloat16", "float32"), help="of the products (default: bfloat16 if in hardware)")
+    add("--attention", choices=("FA2", "FA3", "FA4"), help="a GPU's flash kernels (default: the newest)")
     add("--compile", action=switch, default=True, help="compile the blocks (default yes)")
     add("--ranks-per-member", type=int, metavar="N", help="ranks that train a member together (default all)")
     add("--save-every", type=float, default=5, metavar="MIN", help="minutes between states (default 5)")
@@ -301,16 +302,19 @@ def parse_args(Config, TRACKS, argv=None, parser=None):
     args.fields = row | args.given
     return args
 
-def activate_flash():
-    """Hopper's and Blackwell's own flash kernels, where their package is installed; -> what is used."""
+def activate_flash(wanted=None):
+    """The wanted flash kernels, or Hopper's and Blackwell's own where they are installed; -> what is used."""
     from torch.nn.attention import activate_flash_attention_impl
     for name, majors in {"FA3": (9,), "FA4": (9, 10)}.items():
-        if torch.cuda.get_device_capability()[0] in majors:
+        if torch.cuda.get_device_capability()[0] in majors and wanted in (None, name):
             try:
                 activate_flash_attention_impl(name)
                 return name
             except ImportError:
                 pass  # torch's own serve every GPU since Ampere
+    if wanted in ("FA3", "FA4"):
+        fail(f"--attention {wanted}: not installed, or not for this GPU; .venv/bin/pip install "
+             "-r requirements-gpu.txt brings FA4")
     return "FA2"
 
 def pick_device(args):
@@ -320,7 +324,7 @@ def pick_device(args):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        name = f"{torch.cuda.get_device_name()} with {activate_flash()}"
+        name = f"{torch.cuda.get_device_name()} with {activate_flash(args.attention)}"
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""

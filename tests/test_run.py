@@ -627,6 +627,26 @@ def test_non_finite_loss(project, train, batch, lr_embed, lr_scale):
     assert not (run / "result.json").exists() and leftovers(run) == []
 
 
+# ---- Kernels of a GPU --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("wanted, major, installed, used", [
+    (None, 9, "FA3 FA4", "FA3"), (None, 9, "FA4", "FA4"), (None, 10, "FA3 FA4", "FA4"),
+    (None, 8, "FA4", "FA2"), (None, 9, "", "FA2"), ("FA2", 9, "FA3 FA4", "FA2"), ("FA4", 9, "FA3 FA4", "FA4"),
+    ("FA3", 10, "FA3", "--attention FA3"), ("FA4", 9, "", "--attention FA4"),
+])
+def test_which_flash_kernels_serve(capsys, wanted, major, installed, used):
+    def activate(name):
+        if name not in installed:
+            raise ImportError(name)
+
+    with (mock.patch("torch.nn.attention.activate_flash_attention_impl", activate),
+          mock.patch("torch.cuda.get_device_capability", lambda: (major, 0))):
+        if used.startswith("--"):
+            assert used in refused_here(capsys, lambda: logbook.activate_flash(wanted))
+        else:
+            assert logbook.activate_flash(wanted) == used
+
+
 # ---- Weights & Biases --------------------------------------------------------------------------------------
 
 @pytest.mark.slow
