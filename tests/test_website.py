@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "records"))
 import stats  # noqa: E402
 import website  # noqa: E402
+import words  # noqa: E402
 from entry import sources_of  # noqa: E402
 
 ATTACK = "\"'><img src=x onerror=hit=1><script>hit=2</script><b"
@@ -119,6 +121,17 @@ def test_a_thinned_curve_keeps_its_mean_and_its_length(losses):
         assert thin["step"][-1] == len(losses) == thin["seconds"][-1]
         weights = np.diff([0, *thin["step"]])
         assert np.average(thin["train"], weights=weights) == pytest.approx(np.mean(losses), abs=1e-4)
+
+def test_documents_are_known_by_how_they_begin(capsys):
+    entry = website.history("nano")[8]
+    data = entry.runs[0]["data"]
+    texts = words.beginnings(data)
+    assert len(texts) == entry.docs["val_tokens"].size and all(0 < len(text) <= words.BEGINNING for text in texts)
+    assert sum(" the " in text for text in texts) > 100
+    assert words.beginnings(data | {"val": "0" * 64}) == words.beginnings(data | {"name": "none"}) == []
+    with mock.patch.dict(sys.modules, {"prepare": None}):
+        assert re.fullmatch(r"[\d ]+", words.beginnings(data)[0])
+    assert "no tokenizer" in capsys.readouterr().err
 
 
 # ---- What is written ---------------------------------------------------------------------------------------
