@@ -126,7 +126,8 @@ def test_documents_are_known_by_how_they_begin(capsys):
     entry = website.history("nano")[8]
     data = entry.runs[0]["data"]
     texts = words.beginnings(data)
-    assert len(texts) == entry.docs["val_tokens"].size and all(0 < len(text) <= words.BEGINNING for text in texts)
+    assert len(texts) == entry.docs["val_tokens"].size
+    assert all(0 < len(text) <= words.BEGINNING for text in texts)
     assert sum(" the " in text for text in texts) > 100
     assert words.beginnings(data | {"val": "0" * 64}) == words.beginnings(data | {"name": "none"}) == []
     with mock.patch.dict(sys.modules, {"prepare": None}):
