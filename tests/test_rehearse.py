@@ -24,6 +24,7 @@ def clone(tmp_path):
         return folder
     return make
 
+@pytest.mark.slow
 def test_it_says_whether_it_is_right_and_holds(clone, train):  # noqa: F811
     """On two ranks; the two others are of one."""
     folder = clone()
@@ -54,7 +55,6 @@ def test_the_largest_device_batch_fits_and_the_next_does_not(sequences, fixed, e
     assert (found or 0) >= max(fits, default=0)
     assert found is None or sequences % found == 0 and fixed + found * each <= most * (1 + 1e-9) + 1e-9
 
-@pytest.mark.slow
 def test_a_cap_that_does_not_hold_is_code_1(clone, train):  # noqa: F811
     folder = clone()
     tracks = json.loads((folder / "records/tracks.json").read_text())

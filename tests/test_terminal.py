@@ -4,7 +4,6 @@ import time
 
 import pexpect
 import pytest
-from conftest import slow
 from test_run import ENVIRONMENT, SHORT, nursery, project, train  # noqa: F401
 
 SOON = 2  # seconds; one on a machine that does nothing else
@@ -36,7 +35,8 @@ def test_what_is_shown_fits_into_80_columns(terminal):
         assert re.search(bar, shown), bar
     assert "val loss" in shown
 
-@pytest.mark.parametrize("place", ["preparing", slow("scoring val"), slow("epoch +1/99")])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["preparing", "scoring val", "epoch +1/99"])
 def test_ctrl_c_is_acknowledged_at_once_and_obeyed_after_the_step(terminal, place):
     child = terminal("--run-name", re.sub(r"\W", "", place), "--epochs", "99")
     child.expect(place)
