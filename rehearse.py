@@ -284,7 +284,7 @@ def main(stop, argv=None):
         fixed = torch.cuda.memory_allocated()
         share = c.meta_sequences // 2 if c.meta_norm else c.batch_sequences // team.size
         larger = largest_batch(share, args.device_batch, fixed, memory, 0.97 * most)
-        say(f"{'memory':<24} {memory / 2 ** 30:.1f} of {most / 2 ** 30:.1f} GiB per rank; by proportion the "
+        say(f"{'memory':<24} {memory / 2 ** 30:.2f} of {most / 2 ** 30:.2f} GiB per rank; by proportion the "
             f"largest that fits is --device-batch {larger}")
     else:
         say(f"{'memory':<24} {memory / 2 ** 30:.1f} GiB of each process, Python and compiler included")
