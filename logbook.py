@@ -493,24 +493,29 @@ class Keeper:
             for old in sorted(self.folder.glob("step_???????"))[:-2]:
                 shutil.rmtree(old)
 
+    def attempt(self, what, action):
+        """Does it; what a disk has against it is one line, the same on all ranks."""
+        try:
+            action()
+        except self.checkpoint.CheckpointException as error:
+            fail(f"cannot {what} the state: {next(iter(error.failures.values()))[0]}")
+
     def done(self, within):
         """Whether no state is being written, or none is after these seconds."""
         return self.writing is None or bool(futures.wait([self.writing], within).done)
 
     def wait(self):
         """Until the state that is being written is on the disk; raises what went wrong."""
-        try:
-            if self.writing is not None:
-                self.writing.result()
-        except self.checkpoint.CheckpointException as error:  # the same on all ranks
-            fail(f"cannot write the state: {next(iter(error.failures.values()))[0]}")
+        if self.writing is not None:
+            self.attempt("write", self.writing.result)
 
     def restore(self):
         """Loads the newest sound state in place; -> its progress, or None where there is no state."""
         path, progress = on_main(self.team, self.newest)
         if path:
             shards = self.shards()
-            self.checkpoint.load(shards, checkpoint_id=path, process_group=self.team.side)
+            self.attempt("read", lambda: self.checkpoint.load(shards, checkpoint_id=path,
+                                                              process_group=self.team.side))
             for i, group in enumerate(self.optimizer.groups):
                 for name, part in group.tensors().items():
                     part[:group.own].copy_(shards[f"{i}"][name].to_local())
