@@ -445,7 +445,7 @@ class Keeper:
     """
 
     def __init__(self, log, optimizer, team):
-        # Here, as the second that these take is a third of what all else does: --help need not wait for them.
+        # Not at the top: they take a second to import, and --help, plans and mistakes need not wait for it.
         from torch.distributed import checkpoint, tensor
         self.checkpoint, self.tensor = checkpoint, tensor
         self.folder, self.log = log.folder / f"state{log.suffix}", log

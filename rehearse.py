@@ -159,10 +159,6 @@ def make_step(t, schedule, variant, tokens):
 
     return step, supply
 
-class Done:
-    """A collective that has nothing to do."""
-    wait = staticmethod(lambda: None)
-
 def say_collectives(t, step, took, say):
     """How fast a step's sums and gathers are by themselves, and how much of their time the step hides."""
     groups, device = t.optimizer.groups, t.run.device
@@ -177,7 +173,8 @@ def say_collectives(t, step, took, say):
     alone()
     spent = statistics.median(seconds(device, alone) for _ in range(TIMED))
     size = sum(group.grads.nbytes + group.values.nbytes for group in groups)
-    silent = {"start_reduce": lambda group: setattr(group, "reduce", Done), "gather": lambda group: Done}
+    done = SimpleNamespace(wait=lambda: None)  # a collective that has nothing to do
+    silent = {"start_reduce": lambda group: setattr(group, "reduce", done), "gather": lambda group: done}
     with mock.patch.multiple(train_gpt.Group, **silent):
         without = statistics.median(seconds(device, step) for _ in range(TIMED))
     hidden = min(1.0, max(0.0, 1 - (took - without) / spent))
@@ -186,12 +183,12 @@ def say_collectives(t, step, took, say):
 
 def largest_batch(sequences, batch, fixed, peak, most):
     """
-    The largest device batch whose memory, which grows with it from `fixed` to `peak` bytes at `batch`, stays
-    below `most`: a divisor of the sequences that a rank, or half an episode, has; None where there is none.
+    The largest device batch whose memory stays below `most`; it divides the sequences that a rank, or half an
+    episode, has. Memory grows from `fixed` to `peak` bytes at `batch`, which is the answer where none fits.
     """
     each = (peak - fixed) / batch
-    return max((b for b in range(1, sequences + 1) if sequences % b == 0 and fixed + b * each <= most),
-               default=None)
+    fits = [b for b in range(1, sequences + 1) if sequences % b == 0 and fixed + b * each <= most]
+    return max(fits, default=batch)
 
 def rehearse(args, c, run, say):
     """
@@ -267,9 +264,8 @@ def main(stop, argv=None):
         say(f"\nnot right here: {', '.join(wrong)}")
         dist.destroy_process_group()
         sys.exit(1)
-    size = 8192 if device.type == "cuda" else 2048
-    peak = matmul_peak(dtype, device, size)
-    say(f"{'a product of ' + str(size):<24} {peak / 1e12:,.3g} TFLOP/s per rank")
+    peak = matmul_peak(dtype, device)
+    say(f"{'a large product':<24} {peak / 1e12:,.3g} TFLOP/s per rank")
     train_gpt.setup_compile(args.compile, device)
     run = SimpleNamespace(c=c, args=args, team=team, device=device, name=name, dtype=dtype, folder=Path(),
                           peak=peak)

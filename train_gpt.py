@@ -312,9 +312,9 @@ def causal_mask(T, window, dtype, device):
 
 def flash_attention(q, k, v, window, scale):
     """On CUDA the in-core flash kernels for variable lengths, which have a sliding window and a backward."""
+    if q.dtype == torch.float32:  # which the kernels refuse
+        return block_attention(q, k, v, window, scale)
     from torch.nn.attention.varlen import varlen_attn
-    if q.dtype == torch.float32:
-        return block_attention(q, k, v, window, scale)  # they know half precision alone
     B, T, H, D = q.shape
     starts = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
     reach = (-1 if window >= T else window, 0)

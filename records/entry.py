@@ -171,10 +171,15 @@ class Entry:
         return f"{len(self.runs)} seed{'s' * (len(self.runs) > 1)}"
 
     @property
+    def filed(self):
+        """It is an entry, and has a number; or else runs of one's own."""
+        return "number" in self.record
+
+    @property
     def label(self):
         """For people: nano/9, or the names of the runs."""
         runs = ",".join(folder.name for folder in self.extra.get("folders", ()))
-        return f"{self.track}/{self.number}" if "number" in self.record else runs
+        return f"{self.track}/{self.number}" if self.filed else runs
 
     @property
     def folder(self):

@@ -223,8 +223,7 @@ def runs(args):
 def diff(args):
     new = entries.read(args.a)
     if args.b is None:
-        filed = "number" in new.record
-        standing = rivals(new) if filed else entries.stood(history(new.track))[-1:]
+        standing = rivals(new) if new.filed else entries.stood(history(new.track))[-1:]
         need(standing, f"{new.label} has nothing before it; name a second run or entry")
     old = entries.read(args.b) if args.b else standing[0]
     print(changes.diff(new, old), end="")

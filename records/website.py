@@ -114,10 +114,10 @@ def documents(entry):
 
 def key(entry):
     """Names its page and its data: nano-09; of a run, which has no page, run-NAME."""
-    return f"{entry.track}-{entry.number:02d}" if "number" in entry.record else f"run-{entry.label}"
+    return f"{entry.track}-{entry.number:02d}" if entry.filed else f"run-{entry.label}"
 
 def name_of(entry):
-    return f"{entry.track} #{entry.number}" if "number" in entry.record else entry.label
+    return f"{entry.track} #{entry.number}" if entry.filed else entry.label
 
 def number(value):
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

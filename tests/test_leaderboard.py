@@ -557,6 +557,9 @@ def test_nobody_files_a_run_again(filled, copy):
     said = copy.add(stolen, "mine", "--kind", "reproduction", "--of", 2, by=["thief"], ok=False)
     assert "of seed 42 of nano/2; each run is filed once" in said
 
+def test_runs_are_shown_on_a_site_alone(repo):
+    assert "name its folder: --site DIR" in repo("render", "--runs", "mine", ok=False)
+
 def test_seeds_of_a_record_are_not_picked(repo):
     message = repo.add(repo.runs("lucky", first=43), "lucky", "--kind", "baseline", ok=False)
     assert "its seeds are 43, 44, 45; those of a baseline are 42, 43, 44" in message

@@ -358,7 +358,7 @@ def test_a_predictor_has_limits(does, message, copy, dataset):
     assert child.process.poll() is not None
 
 LOOK = """
-    import importlib.util
+    import importlib.util, tempfile
     def sees(path):
         return os.path.isdir(path) and bool(os.listdir(path))
     def writes(path):
@@ -377,7 +377,7 @@ LOOK = """
     seen = {"data": sees(DATA) or sees(DATASET), "runs": os.listdir(os.path.dirname(run_dir)), "net": net,
             "interfaces": [name for _, name in socket.if_nameindex()], "text": bool(text),
             "repository": sorted(os.listdir(ROOT + "/records")), "writes": writes(run_dir / "x"),
-            "tmp": writes("/tmp/x"),
+            "tmp": writes(tempfile.gettempdir() + "/x"),
             "disks": [name for name in os.listdir("/dev") if name[:2] in ("vd", "sd")],
             "shm": os.listdir("/dev/shm"), "secret": "SECRET" in os.environ,
             "processes": [name for name in os.listdir("/proc") if name.isdigit()],

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -24,9 +25,12 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent import futures
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -35,6 +39,7 @@ import pytest
 import torch
 from conftest import refused as refused_here
 from conftest import slow
+from tqdm import tqdm
 
 import harness
 
@@ -545,6 +550,16 @@ def test_tokens_that_are_edited_while_it_runs_make_no_record(tmp_path):
         "tokens were edited while it ran: val",
         "its products take 1.2e+09 FLOPs, over 1.05 of what it states",
     ]
+
+def test_a_state_that_takes_long_is_waited_for_in_sight():
+    shown, keeper = io.StringIO(), SimpleNamespace(team=None)
+    bar = lambda **what: tqdm(file=shown, mininterval=0, **what)
+    with futures.ThreadPoolExecutor(1) as pool:
+        keeper.writing = pool.submit(time.sleep, 1.3)
+        keeper.done, keeper.wait = functools.partial(logbook.Keeper.done, keeper), keeper.writing.result
+        harness.Run.wait_for_state(SimpleNamespace(keeper=keeper, progress_bar=bar))
+        assert keeper.writing.done()
+    assert "saving the state: 00:01" in shown.getvalue()
 
 @pytest.mark.parametrize("number, advice", [
     ("ENOSPC", "make room there"), ("EFBIG", "raise ulimit -f"), ("EMFILE", "raise ulimit -n"),
