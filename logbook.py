@@ -44,9 +44,12 @@ ROOT = Path(__file__).resolve().parent
 LEADS_TEAM = False  # this rank is the first of its team, which may meet what no other rank meets
 
 def quit_run(code, message):
-    """Ends every rank with one line, no traceback. All get here for the same reason; one of them speaks."""
+    """
+    Ends every rank with one line, no traceback, below a progress bar and not in it. All get here for the same
+    reason; one of them speaks.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 or LEADS_TEAM:
-        print(f"{'error: ' if code != 75 else ''}{message}", file=sys.stderr, flush=True)
+        tqdm.write(f"{'error: ' if code != 75 else ''}{message}", file=sys.stderr)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun ends all ranks at the first exit, which must be that of the one who speaks

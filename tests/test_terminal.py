@@ -44,7 +44,7 @@ def test_ctrl_c_is_acknowledged_at_once_and_obeyed_after_the_step(terminal, plac
     began = time.monotonic()
     child.expect(r"\n\r?stopping after this step; Ctrl-C again quits at once\r\n")
     assert time.monotonic() - began < SOON
-    child.expect(r"stopped by a signal after step \d+; to go on: ./run.sh smoke --resume \w+\r\n")
+    child.expect(r"[\r\n]stopped by a signal after step \d+; to go on: ./run.sh smoke --resume \w+\r\n")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 75
