@@ -70,10 +70,17 @@ def test_workflows_call_what_there_is(name):
     assert commands and all((ROOT / command).stat().st_mode & 0o111 for command in commands)
 
 def test_cloud_task():
-    """What it promises; cluster/README.md says how SkyPilot's own loader was asked."""
     task = yaml.safe_load((ROOT / "cluster/sky.yaml").read_text())
     assert task["resources"]["accelerators"] == "H100:8" and task["resources"]["use_spot"]
     assert list(task["file_mounts"]) == ["~/runs"]
+
+@pytest.mark.slow
+def test_cloud_task_as_skypilot_reads_it():
+    sky = pytest.importorskip("sky", reason="SkyPilot is not installed; cluster/README.md says how to try it")
+    task = sky.Task.from_yaml(str(ROOT / "cluster/sky.yaml"))
+    [machine] = task.resources
+    assert machine.accelerators == {"H100": 8} and machine.use_spot
+    assert machine.job_recovery["max_restarts_on_errors"] == 0 and list(task.storage_mounts) == ["~/runs"]
 
 @pytest.mark.parametrize("left, called", [
     (None, "limited --seed 43 --run-name sky_job_1"),

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import exact, normal, slow, slow_but
+from common import exact, normal
+from conftest import slow, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode

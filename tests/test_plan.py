@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import refused
+from common import refused
 from test_run import ENVIRONMENT, ROOT, make_dataset, make_project, nursery, train  # noqa: F401
 
 import plan

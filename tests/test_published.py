@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import command_line
+from common import command_line
 from test_run import VOCAB, T, make_dataset
 
 import logbook

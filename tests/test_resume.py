@@ -20,7 +20,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import refused, slow
+from common import refused
+from conftest import slow
 from test_run import (  # noqa: F401
     ENVIRONMENT,
     SHORT,
@@ -260,7 +261,7 @@ def test_kills_at_random_moments(project, tmp_path):  # noqa: F811
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
     rng, tried, runs = np.random.default_rng(0), 0, 0
-    new = [*RUN, *STUDENTS, "--meta-sequences", "4", "--epochs", "4", "--run-name"]
+    new = [*RUN, *STUDENTS, "--meta-sequences", "4", "--run-name"]
     with open(tmp_path / "errors", "w") as errors:
         assert start(*new, "unbroken").wait() == 0
         while tried < KILLS:

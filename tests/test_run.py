@@ -37,7 +37,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import refused as refused_here
+from common import refused as refused_here
 from conftest import slow
 from tqdm import tqdm
 
@@ -67,12 +67,14 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTW
 ENVIRONMENT |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}  # as run.sh has it
 
 NURSERY = """
-import gc, json, os, runpy, signal, sys
+import atexit, gc, json, os, runpy, signal, sys, threading, traceback
+gc.disable()  # until all is imported
 import matplotlib.pyplot, numpy, torch, torch._dynamo, torch._inductor.compile_fx
 import torch.distributed.checkpoint
 # To draw loss.svg would take half of a tiny run's time; the run through run.sh does it.
 matplotlib.figure.Figure.savefig = lambda figure, file, **_: file.write(b"<svg/>")
 gc.freeze()  # or each child would walk, and so copy, all that it inherits
+gc.enable()
 for line in sys.stdin:
     script, arguments, ranks = json.loads(line)
     children = []
@@ -85,8 +87,18 @@ for line in sys.stdin:
         os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
         os.environ.update(environment)
         sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-        runpy.run_path(script, run_name="__main__")
-        sys.exit()
+        code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)  # to take apart all that it has inherited would take a third of a tiny run's time
     codes = {}
     while len(codes) < len(children):
         child, status = os.wait()

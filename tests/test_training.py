@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
-from conftest import command_line, exact, normal, refused
+from common import command_line, exact, normal, refused
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from test_run import BOS, make_dataset
