@@ -387,7 +387,7 @@ class Run:
     def warm_up(self, variants, throw_away, stated):
         """
         Calls throw_away(batch, *variant) for each variant of a step: for one sequence to count what torch
-        executes, beside the FLOPs `stated` for the variant's first part, then to compile what the run needs.
+        executes, beside the FLOPs `stated` for the variant's first part; then to compile, if it is to be.
         """
         self.log(f"       preparing {len(variants)} variant(s) of a step")
         began = time.perf_counter()
@@ -395,7 +395,8 @@ class Run:
             with Products() as products, torch.compiler.set_stance("force_eager"):
                 throw_away(1, *variant)
             self.executed = max(self.executed, products.flops / stated[variant[0]])
-            throw_away(self.args.device_batch, *variant)
+            if self.args.compile:
+                throw_away(self.args.device_batch, *variant)
         self.log(f"       prepared in {time.perf_counter() - began:.0f} s; matrix products take "
                  f"{self.executed:.3f} of the FLOPs stated")
 

@@ -41,12 +41,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import shards
 import tiktoken
-from shards import TOKEN, DataError, ShardWriter, document_starts
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
+
+import shards
+from shards import TOKEN, DataError, ShardWriter, document_starts
 
 HERE = Path(__file__).resolve().parent
 os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its own retries; of ours persistent() tells

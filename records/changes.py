@@ -5,6 +5,7 @@ What changed between two entries or runs: their configurations field by field, t
 import difflib
 
 import numpy as np
+
 from entry import SOURCES
 
 # Everywhere here `new` and `old` are Entries: filed ones, or runs.

@@ -6,9 +6,10 @@ import re
 from datetime import date
 from pathlib import Path
 
+import numpy as np
+
 import changes
 import evidence
-import numpy as np
 import stats
 from entry import (
     BOARDS,

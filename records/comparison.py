@@ -6,9 +6,10 @@ import ast
 import contextlib
 import json
 
+import numpy as np
+
 import changes
 import evidence
-import numpy as np
 import stats
 from entry import (
     ROOT,

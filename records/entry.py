@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
+
 import stats
 
 RECORDS = Path(__file__).resolve().parent

@@ -36,9 +36,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 import changes
 import entry as entries
-import numpy as np
 import stats
 import tables
 from checks import CHOICES, FILL_IN, check_entry, check_folder, check_own_harness

@@ -13,6 +13,7 @@ from datetime import date
 from typing import NamedTuple
 
 import numpy as np
+
 import stats
 import verdict
 from entry import BOARDS, RECORDS, ROOT, history, need, read_json, read_text, stood

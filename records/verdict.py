@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+
 import stats
 from entry import BOARDS, RECORDS, before, history, read_json, stood
 

@@ -25,14 +25,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import changes
-import evidence
 import jinja2
 import numpy as np
-import stats
-from entry import Refused, history, locate, need, read_json, read_runs, sources_of, stood
 from markdown_it import MarkdownIt
 from markupsafe import Markup
+
+import changes
+import evidence
+import stats
+from entry import Refused, history, locate, need, read_json, read_runs, sources_of, stood
 from verdict import evidence as how_sure
 from verdict import judge, rivals
 from words import beginnings

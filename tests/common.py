@@ -8,7 +8,6 @@ import torch
 from logbook import parse_args
 from train_gpt import TRACKS, Config
 
-
 @contextlib.contextmanager
 def exact():
     """What says float32 computes in float64: formulas can be compared to the last digit. Also a decorator."""

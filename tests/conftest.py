@@ -7,12 +7,9 @@ A test that takes seconds without being the only one to protect something is mar
 import functools
 import gc
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 LEFT_OUT = pytest.StashKey[int]()
 gc.disable()  # while the tests import what they need, which is a quarter quicker so
 
@@ -20,7 +17,6 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the slow tests too")
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs only with --all")
     config.stash[LEFT_OUT] = 0
 
 def pytest_collection_modifyitems(config, items):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from test_run import ROOT, make_dataset
 
 pytestmark = pytest.mark.slow  # it measures

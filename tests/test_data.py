@@ -17,11 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
+import prepare
+import shards
 
-import prepare  # noqa: E402
-import shards  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 FIRST = 1024  # the byte where the tokens start
 

@@ -22,15 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hub import COMMIT, README, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
+import prepare
+import shards
+from hub import COMMIT, README, Hub
 
-import prepare  # noqa: E402
-import shards  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 BOS = 50256
 BUDGETS = {"val": 6_000, "train": 20_000, "audit": 6_000}

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+
 from test_resume import assert_equal, death, mortal  # noqa: F401
 from test_run import (  # noqa: F401
     ENVIRONMENT,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from test_run import link_venv, run_sh
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -517,7 +518,7 @@ def test_a_real_run_is_filed_and_checked(tmp_path):
     number = len(list((clone / "records/nano").glob("*/record.json"))) + 1
     filing = "--kind negative --slug short --title four-steps --contributors ada"
     for command in (f"nano {flags} --run-name short", f"add short {filing}", "check ENTRY", "render",
-                    f"reproduce nano/{number} --seed 43 --max-steps 1 --no-compile"):
+                    f"reproduce nano/{number} --seed 43 --max-steps 1 --val-tokens 9999 --no-compile"):
         entry = clone / f"records/nano/{number:02d}_short"
         outcome = run_sh(clone, *(entry if word == "ENTRY" else word for word in command.split()))
         assert outcome.codes == [0], (command, outcome.stderr)

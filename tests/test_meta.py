@@ -5,16 +5,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+
+import train_gpt
 from common import command_line, exact, refused
+from harness import check_batch
+from logbook import Team
 from test_model import TINY, T, assert_close, make_tokens, reference_loss, reference_of
 from test_model import make_model as make_full_model
 from test_resume import MACHINE, RUN, assert_equal, death, mortal  # noqa: F401
 from test_run import SHORT, SOURCE, losses, make_project, nursery, project, train  # noqa: F401
 from test_training import track
-
-import train_gpt
-from harness import check_batch
-from logbook import Team
 from train_gpt import Config, Episodes, Mode, Optimizer, Schedule, draw_noise
 
 LENGTH, MODE = 0.7, Mode(replay=True, passes=1, stage=0)

@@ -13,17 +13,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
-from common import exact, normal
-from conftest import slow, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
+import reference as ref
 import train_gpt
+from common import exact, normal
+from conftest import slow, slow_but
 from logbook import comments, write_atomic
 from train_gpt import Config, Mode
 
@@ -847,8 +847,8 @@ def test_after_the_warm_up_nothing_compiles(counted, track, depths):
         teacher = train_gpt.frozen(model)
         links = (0, c.distill_after_members)
         schedules = {link: train_gpt.Schedule(c.member(link, 99), 997) for link in links}
-        run = Namespace(args=Namespace(device_batch=2), device=device, dtype=torch.float32, log=print,
-                        executed=0.0, data=Namespace(vocab_size=VOCAB))
+        run = Namespace(args=Namespace(compile=True, device_batch=2), device=device, dtype=torch.float32,
+                        log=print, executed=0.0, data=Namespace(vocab_size=VOCAB))
         run.warm_up = functools.partial(harness.Run.warm_up, run)
         training = Namespace(run=run, c=c, model=model, teacher=teacher, schedules=schedules, own=schedules)
         training.throw_away = functools.partial(train_gpt.Training.throw_away, training)

@@ -15,13 +15,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
-from common import command_line
-from test_run import VOCAB, T, make_dataset
 
 import logbook
+import reference as ref
 import train_gpt
+from common import command_line
+from test_run import VOCAB, T, make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "records/published"

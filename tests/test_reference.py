@@ -3,11 +3,12 @@
 import math
 
 import pytest
-import reference as ref
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference as ref
 
 WIDTH, HEADS, LAYERS, HIDDEN, VOCAB, PADDED, T = 64, 4, 6, 96, 61, 64, 24
 HEAD_WIDTH = WIDTH // HEADS

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
 
 import rehearse
+from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
 
 FLAGS = """--track nano --seq-len 32 --batch-tokens 256 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
     --no-compile --dtype float32""".split()

@@ -20,6 +20,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
+
+import logbook
 from common import refused
 from conftest import slow
 from test_run import (  # noqa: F401
@@ -38,8 +40,6 @@ from test_run import (  # noqa: F401
     result_of,
     train,
 )
-
-import logbook
 
 KILLS = int(os.environ.get("SLOWRUN_KILLS", 2))
 # Not of the run, but of the machine: what --resume does not know. A state is due after each step; the ranks

@@ -14,16 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import slow_but
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "records"), str(ROOT / "data")]
+import predictor
+import prepare
+import ruler
+from conftest import slow_but
 
-import predictor  # noqa: E402
-import prepare  # noqa: E402
-import ruler  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 VOCAB, BOS, T = 300, 299, 24  # GPT-2's first 299 tokens and BOS: texts can be scored
 SEED = ["--seed", "1"]

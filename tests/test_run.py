@@ -37,18 +37,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from common import refused as refused_here
-from conftest import slow
 from tqdm import tqdm
 
 import harness
+import logbook
+import shards
+from common import refused as refused_here
+from conftest import slow
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import shards  # noqa: E402
-
-import logbook  # noqa: E402
 
 SOURCES = {name: (ROOT / name).read_text() for name in ("train_gpt.py", "harness.py", "logbook.py")}
 SOURCE = SOURCES["train_gpt.py"]
@@ -75,6 +72,7 @@ import torch.distributed.checkpoint
 matplotlib.figure.Figure.savefig = lambda figure, file, **_: file.write(b"<svg/>")
 gc.freeze()  # or each child would walk, and so copy, all that it inherits
 gc.enable()
+atexit._clear()  # a child does at its end what it has asked for itself
 for line in sys.stdin:
     script, arguments, ranks = json.loads(line)
     children = []

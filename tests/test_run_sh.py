@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from conftest import slow
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,18 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import prepare
+import sample as s
+import shards
+from conftest import slow
 from test_run import nursery, train  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import prepare  # noqa: E402
-import shards  # noqa: E402
-
-import sample as s  # noqa: E402
 
 T, BOS = 32, 4095
 FILES = """train_gpt.py harness.py logbook.py sample.py records/tracks.json records/plots.py

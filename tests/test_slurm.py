@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+
 from test_resume import MACHINE, RUN, assert_equal, steps_logged, wait_for
 from test_run import ENVIRONMENT, ROOT, make_project, project, run_sh  # noqa: F401
 

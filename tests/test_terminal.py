@@ -4,6 +4,7 @@ import time
 
 import pexpect
 import pytest
+
 from test_run import ENVIRONMENT, SHORT, nursery, project, train  # noqa: F401
 
 SOON = 2  # seconds; one on a machine that does nothing else

@@ -15,9 +15,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import shards
 import torch
-from conftest import slow, slow_but
+
+import harness
+import logbook
+import shards
+import train_gpt
+from conftest import slow
 from test_run import (  # noqa: F401
     ENVIRONMENT,
     ROOT,
@@ -33,10 +37,6 @@ from test_run import (  # noqa: F401
     result_of,
     train,
 )
-
-import harness
-import logbook
-import train_gpt
 
 SMALL = f"""--dataset short --seq-len {T} --n-layer 2 --n-head 2 --n-embd 32 --batch-tokens {8 * T}
     --lr-scale 0.25 --dtype float32 --no-compile"""
@@ -135,7 +135,7 @@ def test_track_leaves_the_checkpoints_of_its_members(run, track):
     trained = [f"member_{m:04d}.pt" for m in range(count)] if count > 1 else MEMBERS[track]
     assert names == {name[:-2] + suffix for name in trained for suffix in ("pt", "npz", "json")}
 
-@pytest.mark.parametrize("track", slow_but(["tiny"], TRACKS))
+@pytest.mark.parametrize("track", ["tiny", slow("nano_unlimited"), slow("unlimited_snapshots")])
 def test_track_is_the_same_on_one_and_on_two_ranks(run, track):
     # With zero out-projections the stream's scale has no effect on the loss at first, and AdamW goes where
     # rounding points in those gradients: such a run differs by more than rounding.
@@ -354,7 +354,7 @@ def test_each_team_has_a_chain_of_its_own(run):
 # ---- The ruler ---------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("track", TRACKS)
+@pytest.mark.parametrize("track", ["tiny", "limited", "nano_unlimited", "unlimited_snapshots"])
 def test_ruler_finds_what_the_run_states(run, project, track):  # noqa: F811
     """Averages of weights, late epochs, ensembles, and a selection with weights of its own."""
     command = [sys.executable, ROOT / "records/ruler.py", run(track), "--data", project / "data/short"]

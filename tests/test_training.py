@@ -20,19 +20,19 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import reference as ref
 import torch
-from common import command_line, exact, normal, refused
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from test_run import BOS, make_dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 import logbook
+import reference as ref
 import train_gpt
+from common import command_line, exact, normal, refused
 from logbook import Team, comments
+from test_run import BOS, make_dataset
 
 LIMITED, SEQUENCES = train_gpt.Config(), 48804  # sequences of 2049 in fineweb100M
 SMALL = dict(n_layer=4, n_head=2, n_embd=32, seq_len=16, batch_tokens=4 * 16, replay="2-3")

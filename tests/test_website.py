@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import stats
+import website
+import words
+from entry import sources_of
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "records"))
-import stats  # noqa: E402
-import website  # noqa: E402
-import words  # noqa: E402
-from entry import sources_of  # noqa: E402
 
 ATTACK = "\"'><img src=x onerror=hit=1><script>hit=2</script><b"
 ROWS = json.loads((ROOT / "records/published.json").read_text())["records"]
@@ -250,8 +250,7 @@ def column(page, name):
     return [text.strip() for text in page.locator(f"#leaderboard tbody tr:visible .{name}").all_inner_texts()]
 
 @browsers
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
 def test_pages_open_and_fit(open_page, site, width, scheme):
     page = open_page("index.html", width, color_scheme=scheme)
     for name in ("index", "compare", "nano-01", "nano-10", "nano-99", "nano_unlimited-01"):
