@@ -211,7 +211,7 @@ def test_a_run_is_the_same_on_one_and_four_ranks(run):
     """
     On two, limited and tiny are in test_tracks. With students, whose teacher gives lessons in episodes too.
     """
-    flags = "--members 2 --distill 0.5 --average-kind weights --max-steps 6".split()  # replays in the last
+    flags = "--members 2 --distill 0.5 --average-kind weights --max-steps 6".split()  # the sixth replays
     one, four = (losses(run(*EPISODES, *flags, ranks=ranks)) for ranks in (1, 4))
     plain = losses(run(*flags))
     np.testing.assert_allclose(four, one, rtol=5e-6)
