@@ -9,8 +9,8 @@ minutes that one spends before one rents hours.
 It takes all flags of train_gpt.py, and trains at full size on tokens that mean nothing: two steps of each
 variant that the run will have (replayed layers, windows, passes, with and without a teacher), a part of the
 scoring, one saved state. First it compares what this device computes with float64, or with float32 on the
-CPU. It leaves nothing behind. Exit code 0: right, and the cap holds; 1: not, with the reason; 2: a mistake in
-the command.
+CPU; on a GPU it also times every kernel of attention that torch has for it. It leaves nothing behind. Exit
+code 0: right, and the cap holds; 1: not, with the reason; 2: a mistake in the command.
 """
 import dataclasses
 import functools
@@ -29,12 +29,21 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import plan
 import train_gpt
 from harness import check_batch, matmul_peak
 from logbook import (
     Keeper,
+    activate_flash,
     fail,
     join_ranks,
     launch,
@@ -48,6 +57,7 @@ from logbook import (
 from train_gpt import TRACKS, Config, Mode, Noise, draw_noise, flops_per_token
 
 TIMED = 2  # steps of each variant, after one that compiles
+LIMIT = {torch.bfloat16: 0.02, torch.float32: 1e-4}  # of a relative error; a wrong kernel is far beyond it
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # FLOP/s of dense products in bfloat16
 
 
@@ -61,8 +71,8 @@ def error(found, expected):
     joined = lambda parts: torch.cat([part.detach().double().cpu().flatten() for part in parts])
     return ((joined(found) - joined(expected)).norm() / joined(expected).norm()).item()
 
-def attention_error(window, T, head_dim, device, dtype):
-    """Of the device's attention and its gradients, beside a masked softmax in float64."""
+def attention_error(attention, window, T, head_dim, device, dtype):
+    """Of a kernel and its gradients, beside a masked softmax in float64."""
     q, k, v, upstream = (normal(1, T, 2, head_dim, seed=seed).to(dtype) for seed in range(4))
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     a, b, c = (t.transpose(1, 2) for t in exact)
@@ -71,7 +81,7 @@ def attention_error(window, T, head_dim, device, dtype):
     weights = (a @ b.mT / math.sqrt(head_dim)).masked_fill(~seen, -torch.inf).softmax(-1)
     expected = (weights @ c).transpose(1, 2)
     here = [t.to(device).requires_grad_() for t in (q, k, v)]
-    found = train_gpt.ATTENTION[device.type](*here, window, 1 / math.sqrt(head_dim))
+    found = attention(*here, window, 1 / math.sqrt(head_dim))
     gradients = (torch.autograd.grad(out, into, upstream.to(out)) for out, into in
                  ((found, here), (expected, exact)))
     return error((found, *next(gradients)), (expected, *next(gradients)))
@@ -109,14 +119,17 @@ def sum_error(team, device):
     dist.all_reduce(part, group=team.group)
     return abs(part.mean().item() - team.size * (team.size + 1) / 2)
 
+def windows_of(c):
+    """All that some layer has in some stage, from the shortest."""
+    stages, layers = range(len(c.window_stages)), range(c.n_layer + 1)
+    return sorted({c.window(layer, stage) for stage in stages for layer in layers})
+
 def check_numerics(c, team, device, dtype, say):
     """-> the names of what is off."""
-    limit = 0.02 if dtype == torch.bfloat16 else 1e-4
-    stages, layers = range(len(c.window_stages)), range(c.n_layer + 1)
-    T, head_dim = min(c.seq_len, 1024), c.n_embd // c.n_head
-    windows = sorted({min(T, c.window(layer, stage)) for stage in stages for layer in layers})
-    rows = [(f"attention, window {window}", attention_error(window, T, head_dim, device, dtype), limit)
-            for window in windows]
+    limit, T, attention = LIMIT[dtype], min(c.seq_len, 1024), train_gpt.ATTENTION[device.type]
+    rows = [(f"attention, window {window}",
+             attention_error(attention, window, T, c.head_dim, device, dtype), limit)
+            for window in sorted({min(T, window) for window in windows_of(c)})]
     loss, gradient, same = model_errors(c, device, dtype)
     rows += [("polar factor", polar_error(device, dtype), 2 * limit), ("loss of a small model", loss, limit),
              ("its gradient", gradient, 5 * limit), ("sum over the ranks", sum_error(team, device), 1e-6)]
@@ -124,6 +137,76 @@ def check_numerics(c, team, device, dtype, say):
         say(f"{name:<24} {off:.1e} off, {most:.0e} allowed{'' if off <= most else '   WRONG'}")
     say(f"{'the same step twice':<24} {'the same bits' if same else 'not the same bits'}")
     return [name for name, off, most in rows if not off <= most]
+
+
+# ---- Which attention? --------------------------------------------------------------------------------------
+
+def flash(name):
+    """The contestant's own attention, by one of the kernels that --attention chooses from."""
+    restore_flash_attention_impl(_raise_warn=False)  # torch's own, FA2
+    if name != "FA2":
+        activate_flash_attention_impl(name)
+    return train_gpt.ATTENTION["cuda"]
+
+@functools.cache
+def flex():
+    """FlexAttention (Dong et al. 2024, arXiv 2412.05496), compiled, which leaves out what no window shows."""
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    @functools.cache
+    def shown(T, window, device):
+        see = lambda batch, head, query, key: (key <= query) & (query - key <= window)
+        return create_block_mask(see, None, None, T, T, device=device)
+
+    def attention(q, k, v, window, scale):
+        mask = shown(q.size(1), window, q.device)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+
+    return attention
+
+def cudnn():
+    """cuDNN's kernel, for whole contexts only."""
+    def attention(q, k, v, window, scale):
+        if window < q.size(1):
+            raise ValueError("it knows no window")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2)
+
+    return attention
+
+# Makers of attention (q, k, v, window, scale), all (B, T, H, D), for a GPU. --attention chooses among the
+# first three; for the others edit ATTENTION in train_gpt.py.
+KERNELS = {name: functools.partial(flash, name) for name in ("FA2", "FA3", "FA4")}
+KERNELS |= {"FlexAttention": flex, "cuDNN": cudnn}
+
+def time_kernels(makers, windows, shape, device, dtype, say):
+    """
+    Says how long each kernel takes forward and backward for q, k and v of the shape (B, T, H, D); one that
+    can't be had, or can't do it, says why. -> {window: the fastest of those that are right}.
+    """
+    B, T, H, D = shape
+    here = [normal(*shape, seed=seed).to(device, dtype).requires_grad_() for seed in range(3)]
+    upstream, took = normal(*shape, seed=3).to(device, dtype), {window: {} for window in windows}
+    for name, maker in makers.items():
+        for window in windows:
+            try:
+                attention = maker()
+                off = attention_error(attention, min(window, 1024), min(T, 1024), D, device, dtype)
+                work = lambda: torch.autograd.grad(attention(*here, window, D ** -0.5), here, upstream)
+                work()
+                best = min(seconds(device, work) for _ in range(10))
+            except Exception as trouble:  # whatever a kernel that is not made for this GPU may do
+                said = str(trouble).strip().splitlines() or [type(trouble).__name__]
+                say(f"{name + f', window {window}':<24} {said[0][:75]}")
+                continue
+            right = off <= LIMIT[dtype]
+            verdict = "" if right else "   WRONG"
+            say(f"{name + f', window {window}':<24} {1000 * best:.2f} ms, {off:.1e} off{verdict}")
+            if right:
+                took[window][name] = best
+    return {window: min(times, key=times.get) for window, times in took.items() if times}
 
 
 # ---- Does it fit, does it hold? ----------------------------------------------------------------------------
@@ -267,6 +350,12 @@ def main(stop, argv=None):
     peak = matmul_peak(dtype, device)
     say(f"{'a large product':<24} {peak / 1e12:,.3g} TFLOP/s per rank")
     train_gpt.setup_compile(args.compile, device)
+    if device.type == "cuda":
+        shape = args.device_batch, c.seq_len, c.n_head, c.head_dim
+        fastest = time_kernels(KERNELS, windows_of(c), shape, device, dtype, say)
+        restore_flash_attention_impl(_raise_warn=False)
+        say(f"{'the fastest':<24} {', '.join(f'{name} for {window}' for window, name in fastest.items())}; "
+            f"this run uses {activate_flash(args.attention)}")
     run = SimpleNamespace(c=c, args=args, team=team, device=device, name=name, dtype=dtype, folder=Path(),
                           peak=peak)
     expected, flops = rehearse(args, c, run, say)

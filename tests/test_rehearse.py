@@ -2,12 +2,20 @@
 import json
 import re
 import shutil
+import time
+import types
+from unittest import mock
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference as ref
 import rehearse
+import train_gpt
+from common import normal
+from test_model import assert_close
 from test_run import ROOT, SOURCE, make_project, nursery, train  # noqa: F401
 
 FLAGS = """--track nano --seq-len 32 --batch-tokens 256 --n-layer 2 --n-head 2 --n-embd 32 --replay 1-1
@@ -46,6 +54,48 @@ def test_what_is_wrong_is_named(clone, train):  # noqa: F811
     assert source != SOURCE
     outcome = train(clone(source), *FLAGS, script="rehearse.py")
     assert outcome.codes == [1] and "not right here: attention" in outcome.stdout
+
+@pytest.mark.parametrize("window", [7, 100, 200, 500])
+def test_kernels_of_a_gpu_by_their_meaning(window):
+    """FlexAttention not compiled, and torch's plain product in the place of cuDNN, which a CPU lacks."""
+    q, k, v = (normal(2, 200, 2, 16, seed=seed).float() for seed in range(3))
+    expected = ref.windowed_attention(q.double(), k.double(), v.double(), window, 0.3)
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        assert_close(rehearse.flex.__wrapped__()(q, k, v, window, 0.3).double(), expected, 1e-5)
+    plain = types.SimpleNamespace(CUDNN_ATTENTION=rehearse.SDPBackend.MATH)
+    with mock.patch.object(rehearse, "SDPBackend", plain):
+        if window < 200:
+            with pytest.raises(ValueError, match="no window"):
+                rehearse.cudnn()(q, k, v, window, 0.3)
+        else:
+            assert_close(rehearse.cudnn()(q, k, v, window, 0.3).double(), expected, 1e-5)
+
+def test_the_fastest_right_kernel_of_each_window():
+    own = train_gpt.block_attention
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        return own(*arguments)
+
+    def wrong(q, k, v, window, scale):
+        return own(q, k, v, window + 1, scale)
+
+    def whole(q, k, v, window, scale):
+        if window < q.size(1):
+            raise ValueError("it knows no window")
+        return slow(q, k, v, window, scale)
+
+    def missing():
+        raise ImportError("no such package")
+
+    makers = {"slow": lambda: slow, "wrong": lambda: wrong, "missing": missing, "whole": lambda: whole}
+    said, shape = [], (2, 64, 2, 16)
+    here = torch.device("cpu"), torch.float32
+    assert rehearse.time_kernels(makers, [16], shape, *here, said.append) == {16: "slow"}
+    assert [line.split("  ")[0] for line in said] == [f"{name}, window 16" for name in makers]
+    assert "WRONG" in said[1] and "no such package" in said[2] and "no window" in said[3]
+    makers = {"slow": makers["slow"], "own": lambda: own}
+    assert rehearse.time_kernels(makers, [16, 64], shape, *here, said.append) == {16: "own", 64: "own"}
 
 @given(st.integers(1, 64), st.floats(0, 10), st.floats(0.1, 10), st.floats(0, 100))
 def test_the_largest_device_batch_fits_and_the_next_does_not(sequences, fixed, each, most):
