@@ -41,7 +41,7 @@ from test_run import (  # noqa: F401
     train,
 )
 
-KILLS = int(os.environ.get("SLOWRUN_KILLS", 2))
+KILLS = int(os.environ.get("SLOWRUN_KILLS", 1))
 # Not of the run, but of the machine: what --resume does not know. A state is due after each step; the ranks
 # hear of that one step later, and then save: after steps 2, 4, 5 (an epoch's end), 7, 9, 10.
 MACHINE = "--dtype float32 --no-compile --save-every 0".split()
@@ -701,10 +701,10 @@ def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
 @pytest.mark.slow
 def test_a_team_that_is_slow_does_not(begin):
     """The other waits twice as long as --timeout, and even a step takes longer; but no micro-batch does."""
-    flags = f"--run-name slow --timeout 0.1 --device-batch 1 --batch-tokens {39 * T}".split()
+    flags = f"--run-name slow --timeout 0.05 --device-batch 1 --batch-tokens {39 * T}".split()
     started = begin("slow", *RUN, *LONE, *flags, ranks=2, REST="a micro-batch", DIE_RANKS=1)
     wait_for(lambda: (started.run / "checkpoints/member_0000.json").exists() or started.done())
-    time.sleep(13)
+    time.sleep(7)
     for pid in started.pids:
         os.kill(pid, signal.SIGKILL)
     assert started.end().codes == [-signal.SIGKILL] * 2

@@ -63,50 +63,6 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.starts
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
 ENVIRONMENT |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}  # as run.sh has it
 
-NURSERY = """
-import atexit, gc, json, os, runpy, signal, sys, threading, traceback
-gc.disable()  # until all is imported
-import matplotlib.pyplot, numpy, torch, torch._dynamo, torch._inductor.compile_fx
-import torch.distributed.checkpoint
-# To draw loss.svg would take half of a tiny run's time; the run through run.sh does it.
-matplotlib.figure.Figure.savefig = lambda figure, file, **_: file.write(b"<svg/>")
-gc.freeze()  # or each child would walk, and so copy, all that it inherits
-gc.enable()
-atexit._clear()  # a child does at its end what it has asked for itself
-for line in sys.stdin:
-    script, arguments, ranks = json.loads(line)
-    children = []
-    for environment, stdout, stderr in ranks:
-        if child := os.fork():
-            children.append(child)
-            continue
-        signal.alarm(300)  # of a child that hangs
-        os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 1)
-        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
-        os.environ.update(environment)
-        sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-        code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(code)  # to take apart all that it has inherited would take a third of a tiny run's time
-    codes = {}
-    while len(codes) < len(children):
-        child, status = os.wait()
-        codes[child] = os.waitstatus_to_exitcode(status)
-        for other in children if status else ():  # one has failed: the others are ended, as torchrun does
-            if other not in codes:
-                os.kill(other, signal.SIGTERM)
-    print(json.dumps([codes[child] for child in children]), flush=True)
-"""
-
 class Outcome(NamedTuple):
     codes: list     # exit code of each rank
     stdout: str     # of all ranks
@@ -114,7 +70,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session")
 def nursery():
-    command = [sys.executable, "-c", NURSERY]
+    command = [sys.executable, ROOT / "tests/nursery.py"]
     with subprocess.Popen(command, env=ENVIRONMENT, stdin=-1, stdout=-1, text=True, bufsize=1) as process:
         yield process
         process.stdin.close()
@@ -427,19 +383,6 @@ def test_noise_that_differs_would_show(project, shared_out, train, flags):
     assert train(project, *SHORT, *NOISE, *flags.split(), "--run-name", name).codes == [0]
     difference = losses(project / "runs" / name) / losses(shared_out(1, 4)) - 1
     assert abs(difference[5:]).max() > 1e-4  # twenty times the tolerance
-
-COMPILED = "--unet-skips --values none --mtp none --replay none".split()  # fewer graphs
-
-@pytest.mark.slow
-def test_compiled_is_eager(project, train):
-    for name in "compiled", "eager":
-        flags = [*COMPILED, "--max-steps", "4", "--run-name", name]
-        outcome = train(project, *SHORT, *flags, "--compile" if name == "compiled" else "--no-compile")
-        assert outcome.codes == [0], outcome.stderr
-        if name == "compiled" and "\ncompiled\n" not in (project / "runs/compiled/log.txt").read_text():
-            pytest.skip("no C++ compiler here")
-    compiled, eager = (losses(project / "runs" / name) for name in ("compiled", "eager"))
-    np.testing.assert_allclose(compiled, eager, rtol=5e-6)
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------
