@@ -1232,9 +1232,8 @@ load_predictor = Predictor
 
 def make_model(c, vocab_size, device, dtype):
     """A model without values. The embedding has the compute dtype, and so the stream; the rest is float32."""
-    with torch.device("meta"):
+    with torch.device(device):
         model = GPT(c, vocab_size)
-    model = model.to_empty(device=device)
     for table in (model.embed, *([model.value_tables] if c.values == "table" else [])):
         table.data = table.data.to(dtype)
     return model

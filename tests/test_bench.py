@@ -6,7 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import bench as bench_py
+import train_gpt
+from common import refused
 from test_run import ROOT, make_dataset
 
 pytestmark = pytest.mark.slow  # it measures
@@ -43,7 +47,12 @@ def test_a_profile_of_a_part(bench):
     assert min(shares["head"], shares["attention"], shares["trunk matmuls"]) > 0
     assert shares["optimizer"] == shares["data"] == 0
 
-def test_a_part_that_there_is_not(bench):
-    outcome = bench("heads")
-    assert outcome.returncode == 2
-    assert outcome.stderr == "error: there is no part heads; see python tests/bench.py --help\n"
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["heads"], "there is no part heads"), (["--rounds", "0"], "--rounds and --threads are 1 or more"),
+])
+def test_mistakes(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--threads", "1", *arguments])
+    monkeypatch.setattr(bench_py, "make_parts", lambda *_: {"head": None})
+    monkeypatch.setattr(train_gpt, "setup_compile", lambda *_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    assert refused(capsys, bench_py.main) == f"error: {said}; see python tests/bench.py --help\n"

@@ -706,12 +706,10 @@ TOY = dict(n_layer=4, n_head=4, n_embd=256, seq_len=256, batch_tokens=256, repla
 COUNTED = [
     ("nano", {}, 4096),
     *itertools.starmap(slow, [
-        ("smoke", {}, 4096),
         ("limited", dict(n_layer=8, replay="4-5"), 50257),
-        ("tiny", {}, 50257),
+        ("tiny", dict(n_layer=6), 50257),
         ("two_hour", TOY, 4096),
         ("limited", TOY | dict(mlp="relu2", values="table", mtp="none", passes=2), 4096),
-        ("nano_unlimited", {}, 4096),
         ("nano_unlimited", TOY | STAGES, 512),
     ]),
 ]
@@ -808,7 +806,7 @@ def test_products_that_a_mask_hides_do_not_count():
         torch.zeros(7, 8) @ torch.ones(8, 9)
     assert products.flops == 2 * (3 * 4 * 5 * 6 + 7 * 8 * 9)
 
-@pytest.mark.parametrize("track", slow_but(["limited"], train_gpt.TRACKS))
+@pytest.mark.parametrize("track", slow_but(["limited"], ["limited", "tiny", "two_hour", "unlimited"]))
 def test_whole_loss_is_one_graph(counted, track):
     """
     As CUDA would run it: attention's flash kernel has a shape function, and is traced on the meta device. In

@@ -107,13 +107,13 @@ def test_greedy_text_is_what_the_predictor_predicts(project):
 @pytest.mark.slow
 def test_command_and_function_say_the_same(project):
     before = files_of(project / "runs/two")
-    flags = f"--tokens {2 * T} --temperature 1.2 --top-k 500 --seed 3".split()
+    flags = f"--tokens {T + 4} --temperature 1.2 --top-k 500 --seed 3".split()
     done = call(project, "two", "--prompt", "It was naïve", *flags)
     assert done.returncode == 0, done.stderr
     model, tokenizer = s.load(project / "runs/two")
-    text = said(model, tokenizer, "It was naïve", 2 * T, temperature=1.2, top_k=500, seed=3)
+    text = said(model, tokenizer, "It was naïve", T + 4, temperature=1.2, top_k=500, seed=3)
     assert done.stdout == f"It was naïve{text}\n" and len(text) > T
-    assert text != said(model, tokenizer, "It was naïve", 2 * T, temperature=1.2, top_k=500, seed=4)
+    assert not text.startswith(said(model, tokenizer, "It was naïve", 9, temperature=1.2, top_k=500, seed=4))
     assert files_of(project / "runs/two") == before
 
 CONTESTANT = '''

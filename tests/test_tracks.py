@@ -354,9 +354,9 @@ def test_each_team_has_a_chain_of_its_own(run):
 # ---- The ruler ---------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-@pytest.mark.parametrize("track", ["tiny", "limited", "nano_unlimited", "unlimited_snapshots"])
+@pytest.mark.parametrize("track", ["limited", "unlimited_snapshots"])
 def test_ruler_finds_what_the_run_states(run, project, track):  # noqa: F811
-    """Averages of weights, late epochs, ensembles, and a selection with weights of its own."""
+    """Late epochs that are averaged, and a selection with weights of its own."""
     command = [sys.executable, ROOT / "records/ruler.py", run(track), "--data", project / "data/short"]
     done = subprocess.run([*command, "--device-batch", "16"], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("ok  ") == 7, done.stdout + done.stderr
