@@ -116,7 +116,7 @@ SMALL = "--seq-len 256 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 64 --
 FEW = f"""--track nano {SMALL} --replay none --mtp none --values none --no-unet-skips --device-batch 16
     --dtype float32"""  # graphs to compile
 CASES = {
-    "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --batch-tokens 2048 --device-batch 8 --members 2
+    "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --batch-tokens 1024 --device-batch 4 --members 2
         --average-kind blend --checkpointing --no-compile""",
     "compiled": FEW,
     "eager": f"{FEW} --no-compile",
