@@ -25,8 +25,8 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
     config.stash[LEFT_OUT] = len(slow)
-    longest = """resume tracks plan run leaderboard model run_sh ruler published fineweb training meta sample
-        website""".split()
+    longest = """resume tracks plan leaderboard model fineweb ruler published run run_sh website sample
+        training meta terminal data bench rehearse""".split()
     place = {f"test_{name}": number for number, name in enumerate(longest)}
     items.sort(key=lambda item: place.get(item.path.stem, len(longest)))
 

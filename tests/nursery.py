@@ -1,9 +1,9 @@
 """
 Starts runs quickly: it has imported torch, and forks a child for each rank of a run that standard input
 names, a JSON list [script, arguments, [[environment, file of stdout, file of stderr] of each rank]]; -> their
-exit codes as JSON. A child is what `python script arguments` is, but for three things that take a third of a
-tiny run's time: sources are compiled once, loss.svg is not drawn, and where nothing is compiled no FLOPs are
-counted before the first step. Runs through run.sh do all of it.
+exit codes as JSON. A child is what `python script arguments` is, but for what takes a third of a tiny run's
+time: sources are compiled once, loss.svg is not drawn, where nothing is compiled no FLOPs are counted before
+the first step, and no sleep is longer than a second. Runs through run.sh do all of it.
 """
 import atexit
 import gc
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 
@@ -41,6 +42,7 @@ def run(script, arguments):
     warm_up = harness.Run.warm_up
     harness.Run.warm_up = lambda run, *more: (
         warm_up(run, *more) if run.args.compile else setattr(run, "executed", 1.0))
+    sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 1))
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = script
     exec(compile_once(script), vars(main))

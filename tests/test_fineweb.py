@@ -252,7 +252,7 @@ def test_unknown_revision(start, tmp_path):
 def test_hub_out_of_reach(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # nobody listens there any more
-    says = complaint(launch(f"http://127.0.0.1:{port}", tmp_path, "--patience", 4))
+    says = complaint(launch(f"http://127.0.0.1:{port}", tmp_path, "--patience", 2))
     assert re.fullmatch("error: gave up on the hub after [0-9]+ s: .*Connection refused.*", says)
     assert not list(tmp_path.glob("data*"))
 

@@ -213,7 +213,8 @@ def test_full_size_model_has_the_published_number_of_parameters(name):
 # ---- Training ----------------------------------------------------------------------------------------------
 
 TOY = f"--seq-len {T} --n-layer 2 --n-head 2 --n-embd 32 --dtype float32 --no-compile".split()
-SINGLE = f"--batch-tokens {2 * T} --meta-sequences 2".split()  # two steps an epoch
+SINGLE = f"--batch-tokens {2 * T} --meta-sequences 2".split()  # two steps an epoch, or order would not count
+LONG = f"--batch-tokens {4 * T}".split()  # one, where records differ in more than their order
 ENSEMBLE = f"--batch-tokens {8 * T} --members 2".split()  # a step in two epochs
 SNAPSHOTS = f"--batch-tokens {2 * T} --batch-tokens-ends {T} --device-batch 1".split()
 SNAPSHOTS += f"--members 5 --distill-after-members 2 --top 3 --fitness-tokens {T + 1}".split()
@@ -246,6 +247,7 @@ def val_loss(one_rank, tmp_path_factory):
         flags = ["--track", track_of(name), "--config", FOLDER / f"{name}.json", "--data", folder / "toy"]
         flags += TOY + SINGLE
         flags += ["--replay", "1-1"] if c.replay != "none" else []
+        flags += LONG if track_of(name) in ("tiny", "two_hour") else []
         flags += ENSEMBLE if c.members > 1 else []
         flags += SNAPSHOTS if c.restarts else []
         with (

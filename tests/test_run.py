@@ -543,7 +543,7 @@ def test_out_of_memory_names_the_batch_to_try(capsys, batch, advice, error):
 @pytest.mark.slow
 def test_mistake_is_told_even_if_the_first_rank_is_the_last_to_see_it(project, tmp_path):
     """torchrun ends the other ranks when one has failed; the one that speaks must not be among them."""
-    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(4)\n"
+    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0':\n    time.sleep(2)\n"
     (tmp_path / "sitecustomize.py").write_text(late)
     outcome = run_sh(project, "smoke", *TINY, "--n-head", "3", NPROC="2", PYTHONPATH=str(tmp_path))
     assert outcome.codes == [2] and outcome.stdout == ""
