@@ -701,10 +701,10 @@ def test_a_team_that_hangs_ends_the_run(begin, hung, at, epochs):
 @pytest.mark.slow
 def test_a_team_that_is_slow_does_not(begin):
     """The other waits twice as long as --timeout, and even a step takes longer; but no micro-batch does."""
-    flags = f"--run-name slow --timeout 0.05 --device-batch 1 --batch-tokens {39 * T}".split()
+    flags = f"--run-name slow --timeout 0.08 --device-batch 1 --batch-tokens {39 * T}".split()
     started = begin("slow", *RUN, *LONE, *flags, ranks=2, REST="a micro-batch", DIE_RANKS=1)
     wait_for(lambda: (started.run / "checkpoints/member_0000.json").exists() or started.done())
-    time.sleep(7)
+    time.sleep(10)
     for pid in started.pids:
         os.kill(pid, signal.SIGKILL)
     assert started.end().codes == [-signal.SIGKILL] * 2
