@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 import types
+from pathlib import Path
 
 gc.disable()  # until all is imported
 for module in "numpy", "torch._dynamo", "torch._inductor.compile_fx", "torch.distributed.checkpoint":
@@ -25,17 +26,15 @@ gc.enable()
 atexit._clear()  # a child does at its end what it has asked for itself
 COMPILED = {}
 
-def compile_once(path, text=None):
-    """-> the code of a source, which is remembered by its path and text."""
-    with open(path, "rb") as file:
-        key = path, text or file.read()
-    if key not in COMPILED:
-        COMPILED[key] = compile(key[1], path, "exec", dont_inherit=True)
-    return COMPILED[key]
+def compile_once(text, path):
+    """-> the code of a source, which is remembered by its text and path."""
+    if (text, path) not in COMPILED:
+        COMPILED[text, path] = compile(text, path, "exec", dont_inherit=True)
+    return COMPILED[text, path]
 
 def run(script, arguments):
     sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
-    importlib.machinery.SourceFileLoader.source_to_code = lambda _, text, path: compile_once(path, text)
+    importlib.machinery.SourceFileLoader.source_to_code = lambda _, text, path: compile_once(text, path)
     plots = sys.modules["records.plots"] = types.ModuleType("records.plots")
     sys.modules["records"], plots.curve = types.ModuleType("records"), lambda *_: b"<svg/>"
     import harness
@@ -45,7 +44,7 @@ def run(script, arguments):
     sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 1))
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__ = script
-    exec(compile_once(script), vars(main))
+    exec(compile_once(Path(script).read_bytes(), script), vars(main))
 
 def child(script, arguments, environment, stdout, stderr):
     """Ends this process with the code that the run ends with."""
@@ -69,7 +68,7 @@ def child(script, arguments, environment, stdout, stderr):
 for line in sys.stdin:
     script, arguments, ranks = json.loads(line)
     for source in script, *(f"{os.path.dirname(script)}/{name}.py" for name in ("harness", "logbook")):
-        compile_once(source)
+        compile_once(Path(source).read_bytes(), source)  # here, where the next children find it
     children = []
     for rank in ranks:
         if pid := os.fork():

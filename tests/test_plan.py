@@ -113,7 +113,7 @@ for flags in json.loads(sys.argv[1]):
         os.waitpid(child, 0)
 """
 SMALL = "--seq-len 256 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 64 --lr-scale 1 --max-steps 2"
-FEW = f"""--track nano {SMALL} --replay none --mtp none --values none --no-unet-skips --device-batch 16
+FEW = f"""--track nano {SMALL} --replay none --mtp none --values none --device-batch 16 --max-steps 4
     --dtype float32"""  # graphs to compile
 CASES = {
     "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --batch-tokens 1024 --device-batch 4 --members 2
