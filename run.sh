@@ -3,7 +3,7 @@
 #
 #   ./run.sh [TRACK] [FLAGS]    train (nano is the default); ./run.sh TRACK --help lists the flags
 #   ./run.sh TRACK --plan       what it would take, without training; --rehearse: tried out, on this machine
-#   ./run.sh data NAME          build a dataset: nano (seconds) or fineweb100M (a long download)
+#   ./run.sh data NAME          build a dataset: nano (seconds), fineweb100M (a long download)
 #   ./run.sh test [--all]       the tests, or the slow ones too; other arguments go to pytest
 #   ./run.sh runs               what is in runs/; commands take a run by its name there or by a path
 #   ./run.sh compare A B        two runs or records: is it a gain, and what differs
@@ -135,7 +135,7 @@ case $command in
     export) program=("$root/sample.py" export) ;;
     data)
         program=("$root/data/prepare.py")
-        [[ ${1-} =~ ^(nano|fineweb100M|verify$|-) ]] || fail "no dataset '${1-}': name nano or fineweb100M" ;;
+        [[ ${1-} =~ ^(nano|fineweb|fresh$|verify$|-) ]] || fail "no dataset '${1-}': nano or fineweb100M" ;;
     test)
         dataset=nano program=(-m pytest -n 2 --dist loadfile --no-loadscope-reorder "$root/tests")
         for argument; do

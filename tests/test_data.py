@@ -221,6 +221,22 @@ def test_nano_is_the_addresses(nano, small):
         assert len(cut) > 1 and cut[0] == 4095
     assert len(used) > 5000 and len(set(used)) > len(used) - 10  # an address may say the same again
 
+def test_nano_of_other_sizes(nano, tmp_path):
+    """The same val and audit; each train is the beginning of a larger one, into the reserve, no further."""
+    train = {nano.name: np.asarray(shards.read(nano / "train.bin"))}
+    for name in "nano0.1M", "nano2.5M":
+        assert run(name, "--out", tmp_path / name).returncode == 0
+        assert run("verify", tmp_path / name).returncode == 0
+        assert shards.read_manifest(tmp_path / name)["name"] == name
+        train[name] = np.asarray(shards.read(tmp_path / name / "train.bin"))
+        for split in "val", "audit":
+            assert (tmp_path / name / f"{split}.bin").read_bytes() == (nano / f"{split}.bin").read_bytes()
+    assert [len(tokens) for tokens in train.values()] == [1_000_000, 100_000, 2_500_000]
+    for small, large in ("nano0.1M", "nano"), ("nano", "nano2.5M"):
+        assert (train[large][:len(train[small])] == train[small]).all()
+    assert "text for 2,793,662 tokens of train" in complaint(run("nano2.8M", "--out", tmp_path / "more"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nano0.1M", "nano2.5M"]
+
 def test_nano_refuses_another_text(tmp_path, monkeypatch):
     """A package that isn't the pinned one: an error, and nothing is left."""
     package = tmp_path / "package"

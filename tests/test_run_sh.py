@@ -165,6 +165,8 @@ def test_nano_is_the_default(project, arguments):
 
 @pytest.mark.parametrize("arguments, called", [
     ("data fineweb100M --tokens 5", "data/prepare.py fineweb100M --tokens 5"),
+    ("data nano0.25M", "data/prepare.py nano0.25M"),
+    ("data fresh x", "data/prepare.py fresh x"),
     ("data verify x", "data/prepare.py verify x"),
     ("data --help", "data/prepare.py --help"),
     *((f"{command} a b --flag", f"records/leaderboard.py {command} a b --flag")
