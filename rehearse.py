@@ -99,7 +99,7 @@ def model_errors(c, device, dtype):
     small = dataclasses.replace(
         c, n_layer=4, n_head=2, n_embd=128, seq_len=256, batch_tokens=512, batch_tokens_ends=0, meta_norm=0.0,
         replay="2-2" if c.replayed else "none", members=1, distill=0.0, top=0, restarts=False, xsa_layers=4,
-        fitness_tokens=0)
+        ngram=0, fitness_tokens=0)
     sequences = torch.from_numpy(made_up(2 * 257, 512)).view(2, 257)
     last = Mode(bool(small.replayed), small.passes, len(small.window_stages) - 1)
     results = []

@@ -156,7 +156,7 @@ sources that define the model. To use it, from this folder:
 import json
 import torch
 from safetensors.torch import load_file
-from train_gpt import Config, Mode, frozen, make_model
+from train_gpt import {imports}
 
 spec = json.load(open("config.json"))
 model = frozen(make_model(Config(**spec["config"]), spec["vocab_size"], "cpu", getattr(torch, spec["dtype"])))
@@ -166,8 +166,8 @@ def logprobs(tokens):
     \"\"\"tokens (B, T) int64 -> (B, T, V): position t has the log-probabilities of token t+1.\"\"\"
     parts = []
     for member in spec["members"]:
-        model.load_state_dict(load_file(member["file"]))
-        logits = model.logits(model.trunk(tokens, Mode(*member["mode"]))[0])
+        weights = load_file(member["file"])
+{predict}
         parts.append({mixed})
     return {mixture}
 
@@ -176,6 +176,17 @@ print(logprobs(torch.tensor([[spec["bos_id"]]])).exp().topk(5))
 
 Token ids are GPT-2's: the first {bos_id:,} of them, then BOS, which starts every document.
 """
+MODEL = """\
+        model.load_state_dict(weights)
+        logits = model.logits(model.trunk(tokens, Mode(*member["mode"]))[0])"""
+NGRAMS = """\
+        if member["mode"]:
+            model.load_state_dict(weights)
+            logits = model.logits(model.trunk(tokens, Mode(*member["mode"]))[0])
+        else:
+            logits = Ngrams(weights["text"], spec["config"]["ngram"], spec["vocab_size"]).predict(tokens)"""
+PREDICT = {False: {"imports": "Config, Mode, frozen, make_model", "predict": MODEL},
+           True: {"imports": "Config, Mode, Ngrams, frozen, make_model", "predict": NGRAMS}}
 MIXTURES = {
     "probs": {"mixed": 'logits.log_softmax(-1) + torch.tensor(member["weight"]).log()',
               "mixture": "torch.stack(parts).logsumexp(0)"},
@@ -225,7 +236,9 @@ def export(run, out=None):
             "config": predictor["config"],
         })
         count = "one file" if len(members) == 1 else f"{len(members)} files"
-        manual = MANUAL.format(run=folder.name, count=count, bos_id=vocab_size - 1, **MIXTURES[mix])
+        counted = any(member["mode"] is None for member in members)
+        manual = MANUAL.format(run=folder.name, count=count, bos_id=vocab_size - 1, **MIXTURES[mix],
+                               **PREDICT[counted])
         shards.write_file(partial / "README.md", manual.encode())
         os.rename(partial, out)
     except BaseException:

@@ -58,7 +58,7 @@ class Config:
     batch_tokens_ends: int = 0        # [0, 100000000] the same in a chain's outer quarters; 0: no change
     epochs: int = 11                  # [1, 9999] passes over the training tokens, for each member
     shuffle: str = "document"         # {document, sequence, none} what is permuted anew in every epoch
-    fitness_tokens: int = 0           # [0, 100000000] training tokens set aside, by which --top selects
+    fitness_tokens: int = 0           # [0, 100000000] training tokens set aside, for --top and --ngram
     # model
     n_layer: int = 30                 # [2, 1000] transformer blocks, an even number: half encode, half decode
     n_head: int = 14                  # [1, 1000] attention heads
@@ -125,6 +125,7 @@ class Config:
     perturb: float = 0.0              # [0, 10] standard deviations of noise after snapshot 1; falls to 0.05
     top: int = 0                      # [0, 10000] members that fitness tokens select; 0: all of them
     mix: str = "probs"                # {probs, logits} what the mixture of members averages
+    ngram: int = 0                    # [0, 9] tokens; counts of such n-grams are one more member; 0: none
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -158,8 +159,10 @@ class Config:
             fail("--restarts goes on from a member's last weights: --average-kind probs")
         if self.optimizer_args != "{}" and ":" not in self.optimizer:
             fail(f"--optimizer-args are for a class, as torch.optim:Adafactor; {self.optimizer} takes none")
-        if self.top and not self.fitness_tokens > self.seq_len:
-            fail("--top selects by --fitness-tokens, which must hold a sequence or more")
+        if (self.top or self.ngram) and not self.fitness_tokens > self.seq_len:
+            fail("--top and --ngram weigh by --fitness-tokens, which must hold a sequence or more")
+        if self.ngram and self.mix == "logits":
+            fail("--ngram has no logits: --mix probs")
 
     @property
     def head_dim(self):
@@ -531,6 +534,10 @@ class GPT(nn.Module):
     def logits(self, x):
         """(B, T, C) -> (B, T, V) float32, softcapped. Whole logits are for looking at a few sequences."""
         return self.c.softcap * torch.tanh(linear(x, self.head[:self.vocab_size]).float() / self.c.softcap)
+
+    def predict(self, tokens, mode):
+        """tokens (B, T) -> what `logits` says."""
+        return self.logits(self.trunk(tokens, mode)[0])
 
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())
@@ -1129,12 +1136,58 @@ class Schedule:
 
 # ---- Scoring and ensembles ---------------------------------------------------------------------------------
 
+class Ngrams:
+    """
+    A language model that counts: interpolated Kneser-Ney (Chen & Goodman 1999). Each token that has followed
+    a context gets its share of the counts there, less a discount; the context without its first token says
+    who gets the rest. N-grams of the full order count how often they occur, shorter ones how many different
+    tokens they follow.
+    """
+
+    def __init__(self, text, order, vocab_size):
+        """text (n,). An n-gram's id is its place among all, sorted by the id of its context, then its end."""
+        text = text.long()
+        self.V, levels, keys, grams = vocab_size, [], [torch.arange(vocab_size, device=text.device)], [text]
+        for n in range(1, order):  # n tokens of context; grams[n] are the ids of what begins at each place
+            key, ids = torch.unique(grams[-1][:-1] * vocab_size + text[n:], return_inverse=True)
+            keys.append(key)
+            grams.append(ids)
+        for n, key in enumerate(keys):
+            seen = grams[n]
+            if n + 1 < order:  # once for each token before it: the longer n-grams' ids without that token
+                seen = torch.empty_like(keys[n + 1]).scatter_(0, grams[n + 1], seen[1:])
+            counts = seen.bincount(minlength=len(key)).double()
+            once, twice = ((counts == times).sum().item() for times in (1, 2))
+            context = key // vocab_size
+            zeros = counts.new_zeros(len(keys[n - 1]) + 1 if n else 1)  # the last: a context never seen
+            total = zeros.index_add(0, context, counts).clamp_min(1)
+            share = (counts - max(0.1, once / max(1, once + 2 * twice))).clamp_min(0) / total[context]
+            rest = 1 - zeros.index_add(0, context, share)
+            starts = F.pad(context.bincount(minlength=len(zeros)).cumsum(0), (1, 0))
+            levels.append((key, starts, share.float(), rest.float()))
+        (_, _, share, rest), *self.levels = levels
+        self.unigrams = share + rest / vocab_size
+
+    def predict(self, tokens, _=None):
+        """tokens (B, T) -> log-probabilities (B, T, V) float32."""
+        p, context = self.unigrams.repeat(tokens.numel(), 1), tokens  # ids of the n tokens up to each place
+        for key, starts, share, rest in self.levels:
+            first, count = starts[context.flatten()], starts.diff()[context.flatten()]
+            rows = torch.arange(len(p), device=p.device).repeat_interleave(count)
+            known = torch.arange(len(rows), device=p.device) + (first + count - count.cumsum(0))[rows]
+            p *= rest[context].view(-1, 1)
+            p[rows, key[known] % self.V] += share[known]
+            wanted = F.pad(context[:, :-1], (1, 0), value=len(rest) - 1) * self.V + tokens
+            place = torch.searchsorted(key, wanted).clamp_max(len(key) - 1)
+            context = torch.where(key[place] == wanted, place, len(key))
+        return p.log().view(*tokens.shape, self.V)
+
 class Member(NamedTuple):
     """A model of a predictor: its checkpoint, how it is run, its own loss, and its weight in the mixture."""
     checkpoint: str
     sha256: str      # of the checkpoint
     scores: str      # sha256 of the file of its targets' log-probabilities
-    mode: Mode
+    mode: Mode       # None of n-grams
     val_loss: float
     weight: float = 1.0
 
@@ -1142,7 +1195,7 @@ def read_member(record):
     """The Member that a JSON object describes, or the file of one."""
     try:
         fields = json.loads(record.read_text()) if isinstance(record, Path) else record
-        return Member(**fields | {"mode": Mode(*fields["mode"])})
+        return Member(**fields | {"mode": fields["mode"] and Mode(*fields["mode"])})
     except (OSError, ValueError, TypeError, LookupError):
         fail(f"{record} is missing or damaged: it describes no member")
 
@@ -1176,13 +1229,28 @@ def members_of(c, folder, count):
     weights = [n if recency else 1 for n in range(1, len(found) + 1)]
     if c.top and count == c.members > 1:
         weights = select_weights(np.stack([logprobs(folder, member, "fitness") for member in found]), c.top)
-    return [member._replace(weight=weight / sum(weights)) for member, weight in zip(found, weights) if weight]
+    used = [member._replace(weight=weight / sum(weights)) for member, weight in zip(found, weights) if weight]
+    return add_ngrams(used, folder) if (folder / "ngrams.json").exists() else used
+
+def add_ngrams(members, folder):
+    """Gives the n-grams that share of the mixture which predicts the fitness tokens best."""
+    ngrams = read_member(folder / "ngrams.json")
+    others, _ = mixture((member.weight, logprobs(folder, member, "fitness")) for member in members)
+    ratio, share = np.exp(logprobs(folder, ngrams, "fitness") - others), 0.5
+    for _ in range(1000):  # of expectation maximisation, which climbs to the only maximum
+        share = (share * ratio / (1 - share + share * ratio)).mean()
+    return [*(member._replace(weight=member.weight * (1 - share)) for member in members),
+            ngrams._replace(weight=share)]
 
 def logprobs(folder, member, split):
     """What a member gave the split's targets, from the scores beside its checkpoint: (n * T,) float64."""
     path = folder / member.checkpoint.replace(".pt", ".npz")
     check_digest(path, member.scores)
     return np.load(path)[split].ravel().astype(np.float64)
+
+def of_targets(logprobs):
+    """Makes of a function (B, T) -> log-probabilities (B, T, V) one (B, T+1) -> the targets' (B, T)."""
+    return lambda sequences: logprobs(sequences[:, :-1]).gather(-1, sequences[:, 1:, None])[..., 0]
 
 def mixture(parts):
     """[(weight, log-probabilities)], one held at a time -> those of the weighted mean, each one's loss."""
@@ -1197,19 +1265,23 @@ class Predictor:
 
     def __init__(self, run_dir, device):
         self.folder, self.device = Path(run_dir) / "checkpoints", torch.device(device)
-        self.loaded, self.verified = None, set()
+        self.loaded, self.verified, self.ngrams = None, set(), None
         spec = json.loads((self.folder / "predictor.json").read_text())
         self.c, self.vocab_size = Config(**spec["config"]), spec["vocab_size"]
         self.members = [read_member(record) for record in spec["members"]]
         self.model = frozen(make_model(self.c, self.vocab_size, self.device, getattr(torch, spec["dtype"])))
 
     def load(self, member):
-        """The model with the member's weights, whose file must have its digest when it is read first."""
+        """The member's model. A file must have its digest when it is read first."""
+        path = self.folder / member.checkpoint
+        if path not in self.verified:
+            check_digest(path, member.sha256)
+            self.verified.add(path)
+        if member.mode is None:
+            self.ngrams = self.ngrams or Ngrams(torch.load(path, self.device, weights_only=True)["text"],
+                                                self.c.ngram, self.vocab_size)
+            return self.ngrams
         if self.loaded != member.checkpoint:
-            path = self.folder / member.checkpoint
-            if path not in self.verified:
-                check_digest(path, member.sha256)
-                self.verified.add(path)
             load_weights(self.model, path)
             self.loaded = member.checkpoint
         return self.model
@@ -1219,8 +1291,7 @@ class Predictor:
         """tokens (B, T) int64 -> (B, T, V) float32: position t has the log-probabilities of token t+1."""
         mixed, by_logits = None, (mix or self.c.mix) == "logits"
         for member in self.members:
-            model = self.load(member)
-            z = model.logits(model.trunk(tokens.to(self.device), member.mode)[0])
+            z = self.load(member).predict(tokens.to(self.device), member.mode)
             part = z * member.weight if by_logits else z.log_softmax(-1) + math.log(member.weight)
             mixed = part if mixed is None else mixed + part if by_logits else torch.logaddexp(mixed, part)
         return mixed.log_softmax(-1) if by_logits else mixed
@@ -1326,10 +1397,21 @@ class Training:
     def keep(self, name, mode, val, others=True):
         """Files the model as a member of the predictor, with what it gives the targets of val and others."""
         scores = {"val": val.astype(np.float32)}
-        for split in ["audit"] + ["fitness"] * (self.c.top > 0) if others else []:
+        for split in ["audit"] + ["fitness"] * bool(self.c.top or self.c.ngram) if others else []:
             scores[split] = self.run.likelihoods(split, self.scorer(mode)).astype(np.float32)
         self.run.file_member(name, frozen(self.model).state_dict(), scores, mode=mode,
                              val_loss=-scores["val"].mean(dtype=float))
+
+    def count_ngrams(self):
+        """The n-grams of the training text become a member, whose checkpoint is that text."""
+        run, text = self.run, torch.from_numpy(self.run.data.splits["train"].astype(np.int32))
+        run.clock.start()
+        ngrams = Ngrams(text.to(run.device), self.c.ngram, run.data.vocab_size)
+        run.clock.stop()
+        scores = {split: run.likelihoods(split, of_targets(ngrams.predict)).astype(np.float32)
+                  for split in ("val", "audit", "fitness")}
+        run.file_member("ngrams", {"text": text}, scores, mode=None,
+                        val_loss=-scores["val"].mean(dtype=float))
 
     def discard(self, files):
         """Removes members that are no part of the predictor."""
@@ -1459,13 +1541,14 @@ def train_member(t, member, start):
 
 def finish(t):
     """Mixes the members of the final predictor, for the harness to score."""
-    run, c = t.run, t.c
-    dist.barrier(group=run.team.group)  # the first rank has written predictor.json
-    members, mixed = members_of(c, t.folder, c.members), {}
+    run, c, mixed = t.run, t.c, {}
+    if c.ngram:
+        t.count_ngrams()
+    dist.barrier(group=run.team.group)  # the first rank has filed the members
+    members = t.write_predictor(c.members)
     if c.mix == "logits":
-        predictor = Predictor(run.folder, run.device)
-        pick = lambda part: predictor.logprobs(part[:, :-1]).gather(-1, part[:, 1:, None])[..., 0]
-        mixed = {split: run.likelihoods(split, pick) for split in ("val", "audit")}
+        score_targets = of_targets(Predictor(run.folder, run.device).logprobs)
+        mixed = {split: run.likelihoods(split, score_targets) for split in ("val", "audit")}
     elif run.log.main:
         mixed = {split: mixture((m.weight, logprobs(t.folder, m, split)) for m in members)[0]
                  for split in ("val", "audit")}

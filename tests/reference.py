@@ -514,6 +514,26 @@ def select_weights(probabilities, steps=300, lr=0.5):
         alpha, m, v = adamw_step(alpha, gradient, m, v, t, lr, (0.9, 0.999), 0.0, eps=1e-8)
     return alpha.softmax(0)
 
+def kneser_ney(text, context, order, vocab_size):
+    """[V] probabilities of what follows the context: interpolated Kneser-Ney, a discount for each order, from
+    its definition (Chen & Goodman 1999). Of n-grams under `order` the different tokens before them count.
+    """
+    p = [1 / vocab_size] * vocab_size
+    for n in range(1, min(order, len(context) + 1) + 1):
+        places = {}
+        for i in range(len(text) - n + 1):
+            places.setdefault(tuple(text[i:i + n]), []).append(i)
+        count = {gram: len(at) if n == order else len({text[i - 1] for i in at if i})
+                 for gram, at in places.items()}
+        once, twice = ([*count.values()].count(times) for times in (1, 2))
+        discount = max(0.1, once / max(1, once + 2 * twice))
+        before = tuple(context[len(context) - n + 1:])
+        follows = [count.get((*before, token), 0) for token in range(vocab_size)]
+        if total := sum(follows):
+            shares = [max(0, times - discount) / total for times in follows]
+            p = [share + (1 - sum(shares)) * rest for share, rest in zip(shares, p)]
+    return p
+
 def top_k(weights, k):
     """(indices (k,), weights (k,) that sum to 1) of the k largest weights, largest first."""
     values, indices = weights.topk(k)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LISTED = subprocess.run(["git", "ls-files", "*.py", "*.sh"], cwd=ROOT, capture_output=True, text=True)
 FILES = [name for name in LISTED.stdout.split() if (ROOT / name).exists()]
 PYTHON = [name for name in FILES if name.endswith(".py")]
-LINES = {"train_gpt.py": 1500, "harness.py": 650, "logbook.py": 650, "run.sh": 170, "README.md": 170}
+LINES = {"train_gpt.py": 1590, "harness.py": 650, "logbook.py": 650, "run.sh": 170, "README.md": 170}
 
 needs_git = pytest.mark.skipif(not FILES, reason="not a git checkout: which files are the project's?")
 

@@ -194,13 +194,20 @@ def test_any_prompt_can_be_said_in_nanos_vocabulary(text):
 
 # ---- Export ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mix", ["probs", slow("logits")])
+@pytest.mark.parametrize("mix", ["probs", slow("logits"), "ngrams"])
 def test_export_gives_the_same_probabilities(inside, run, tmp_path, mix):
     """Loaded by the code of its own README, in a process that knows nothing else."""
     path = run / "checkpoints/predictor.json"
     spec = json.loads(path.read_text())
-    spec["config"]["mix"] = mix
     spec["members"][0]["weight"], spec["members"][1]["weight"] = 0.3, 0.7
+    if mix == "ngrams":  # in place of the second model
+        text = torch.from_numpy(shards.read(ROOT / "data/nano/train.bin")[:6_000].astype(np.int32))
+        torch.save({"text": text}, run / "checkpoints/member_0001.pt")
+        sha256 = prepare.file_sha256(run / "checkpoints/member_0001.pt")
+        spec["members"][1] |= {"mode": None, "sha256": sha256}
+        spec["config"] |= {"ngram": 4, "fitness_tokens": 1000}
+    else:
+        spec["config"]["mix"] = mix
     path.write_text(json.dumps(spec))
     done = inside("export", run, tmp_path / "out")
     assert (done.returncode, done.stdout) == (0, f"wrote {tmp_path}/out/\n"), done.stderr

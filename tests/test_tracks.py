@@ -16,9 +16,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
 
 import harness
 import logbook
+import reference as ref
 import shards
 import train_gpt
 from conftest import slow
@@ -300,6 +302,41 @@ def test_selection_never_sees_val_or_audit(run, project, train, tmp_path):  # no
     results = result_of(project / "runs/other"), result_of(run("unlimited_snapshots"))
     assert abs(results[0]["val_loss"] - results[1]["val_loss"]) > 0.1
     assert predictor_of(project / "runs/other") == predictor_of(run("unlimited_snapshots"))
+
+@pytest.mark.parametrize("track, names", [
+    ("limited", MEMBERS["limited"]),
+    ("nano_unlimited", MEMBERS["nano_unlimited"]),
+])
+def test_ngrams_are_a_member_whose_share_fitness_tokens_fit(run, project, track, names):  # noqa: F811
+    folder = run(track, "--ngram", 3, "--fitness-tokens", 100, *LEARNS)
+    *weights, share = [weight for _, weight in predictor_of(folder)]
+    assert [name for name, _ in predictor_of(folder)] == [*names, "ngrams.pt"]
+    others = np.array([1, 2] if track == "limited" else [1, 1, 1])  # late epochs by recency, members equally
+    others = others / others.sum()
+    assert weights == pytest.approx((1 - share) * others)
+    checkpoints = folder / "checkpoints"
+    data = harness.Dataset(project / "data/short", "")
+    data.set_aside(100)
+    text = np.array(data.splits["train"]).tolist()
+    assert torch.load(checkpoints / "ngrams.pt", weights_only=True)["text"].tolist() == text
+    scores = {name: dict(np.load((checkpoints / name).with_suffix(".npz"))) for name in [*names, "ngrams.pt"]}
+    for split in "val", "audit", "fitness":
+        sequences = data.sequences(split, T)[:3].tolist()
+        expected = [[ref.kneser_ney(text, sequence[:t + 1][-2:], 3, VOCAB)[sequence[t + 1]] for t in range(T)]
+                    for sequence in sequences]
+        found = np.exp(scores["ngrams.pt"][split][:3])
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    p = {split: np.stack([np.exp(scores[name][split].ravel().astype(float)) for name in scores])
+         for split in ("val", "fitness")}
+    loss = lambda share, split: -np.log(np.append((1 - share) * others, share) @ p[split]).mean()
+    best = minimize_scalar(loss, (0, 1), (0, 1), args=("fitness",), method="bounded", options={"xatol": 1e-9})
+    assert share == pytest.approx(best.x, abs=1e-4) and 0.01 < share < 0.999
+    assert result_of(folder)["val_loss"] == pytest.approx(loss(share, "val"), rel=1e-9)
+    sequences = torch.from_numpy(data.sequences("val", T).astype(np.int64))
+    logp = train_gpt.load_predictor(folder, "cpu").logprobs(sequences[:, :-1]).double()
+    assert (logp.exp().sum(-1) - 1).abs().max() < 5e-6  # in float32
+    said = -logp.gather(-1, sequences[:, 1:, None]).mean().item()
+    assert said == pytest.approx(result_of(folder)["val_loss"], abs=1e-5)
 
 def test_fitness_tokens_are_taken_from_train(project):  # noqa: F811
     tokens = np.array(shards.read(project / "data/short/train.bin"))

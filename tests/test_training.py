@@ -888,6 +888,20 @@ def test_selection_is_the_references(members, tokens, top, seed):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
     assert sum(found) == pytest.approx(1, abs=1e-12) and np.count_nonzero(found) == min(top, members)
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), vocab_size=st.integers(2, 5), order=st.integers(1, 4))
+def test_ngrams_are_the_references(data, vocab_size, order):
+    """After any context, also one that is not in the text; it repeats itself, so that counts exceed one."""
+    tokens = st.lists(st.integers(0, vocab_size - 1), min_size=4, max_size=12)
+    text = data.draw(tokens) * data.draw(st.integers(1, 3)) + data.draw(tokens)
+    sequences = [(data.draw(tokens) * 3)[:12] for _ in range(2)]
+    ngrams = train_gpt.Ngrams(torch.tensor(text, dtype=torch.int32), order, vocab_size)
+    found = ngrams.predict(torch.tensor(sequences)).double().exp().numpy()
+    for row, sequence in zip(found, sequences):
+        for t, p in enumerate(row):
+            expected = ref.kneser_ney(text, sequence[max(0, t + 2 - order):t + 1], order, vocab_size)
+            np.testing.assert_allclose(p, expected, rtol=1e-5, atol=1e-7)
+
 
 # ---- Configuration -----------------------------------------------------------------------------------------
 
@@ -1028,6 +1042,8 @@ def test_wrong_types_are_refused(capsys, field):
         ("--restarts --average-kind ema", "--average-kind probs"),
         ("--top 3", "--fitness-tokens"),
         ("--top 3 --fitness-tokens 2048", "--fitness-tokens"),
+        ("--ngram 5", "--fitness-tokens"),
+        ("--ngram 5 --fitness-tokens 20000 --mix logits", "--mix probs"),
         ("--ranks-per-member 0", "--ranks-per-member 0"),
         ("--save-every -1", "--save-every -1"),
         ("--track huge", "nano"),
