@@ -710,7 +710,7 @@ COUNTED = [
         ("tiny", dict(n_layer=6), 50257),
         ("two_hour", TOY, 4096),
         ("limited", TOY | dict(mlp="relu2", values="table", mtp="none", passes=2), 4096),
-        ("nano_unlimited", TOY | STAGES, 512),
+        ("nano_unlimited", TOY | STAGES | dict(distill=0.7), 512),
     ]),
 ]
 
@@ -828,7 +828,7 @@ def test_whole_loss_is_one_graph(counted, track):
     assert all(p.grad is not None for p in model.parameters())
 
 @pytest.mark.parametrize(("track", "depths"), [slow("tiny", (4,)), slow("two_hour", (4, 6)),
-                                               ("nano_unlimited", (4,))], ids=str)
+                                               ("unlimited", (4,))], ids=str)
 def test_after_the_warm_up_nothing_compiles(counted, track, depths):
     """Whatever the modes, members and batches of a run. A deeper network has no more graphs."""
     graphs, backend = counted

@@ -116,8 +116,8 @@ SMALL = "--seq-len 256 --batch-tokens 4096 --n-layer 2 --n-head 2 --n-embd 64 --
 FEW = f"""--track nano {SMALL} --replay none --mtp none --values none --device-batch 16 --max-steps 4
     --dtype float32"""  # graphs to compile
 CASES = {
-    "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --batch-tokens 1024 --device-batch 4 --members 2
-        --average-kind blend --checkpointing --no-compile""",
+    "teacher": f"""--track nano_unlimited {SMALL} {REPLAY} --batch-tokens 1024 --device-batch 4 --ngram 0
+        --distill 0.7 --average-kind blend --checkpointing --no-compile""",
     "compiled": FEW,
     "eager": f"{FEW} --no-compile",
     "episodes": """--track nano --seq-len 32 --batch-tokens 128 --n-layer 4 --replay none --n-head 2

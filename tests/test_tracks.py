@@ -50,7 +50,7 @@ TRACKS = {
     "two_hour": f"""{REPLAY} --replay-from-epoch 3 --epochs 4 --cycles 1 --average 4
         --window-stages 1,0.125,0.375 2,0.375,0.875 3,0.625,1""",
     "nano_unlimited": f"""{REPLAY} --members 3 --distill 0.7 --epochs 2 --cycles 1
-        --average-kind weights --average 2""",
+        --average-kind weights --average 2 --ngram 0 --fitness-tokens 0""",
     "unlimited": f"{REPLAY} --members 3 --epochs 2 --first-epochs 1",
     "unlimited_snapshots": f"""{REPLAY} --replay-from-epoch 1 --members 5 --epochs 1
         --distill-after-members 2 --top 3 --batch-tokens-ends {4 * T} --fitness-tokens 100""",
