@@ -9,14 +9,13 @@ import json
 import numpy as np
 
 import changes
-import evidence
+import curves
 import stats
 from entry import (
     ROOT,
     Refused,
     history,
     need,
-    parse_json,
     printable,
     read,
     read_json,
@@ -71,27 +70,10 @@ def print_documents(new, old, count):
               f"{printable(words[documents[place]][:44])}")
 
 def curve(entry):
-    """(steps, training losses, evaluated steps, val losses) of an entry's first run, from metrics or log."""
-    run, rows = entry.runs[0], []
-    if folders := entry.extra.get("folders"):
-        path = folders[0] / "metrics.jsonl"
-        rows = [parse_json(line, path) for line in read_text(path).splitlines()] if path.exists() else []
-    elif "metrics" in run:
-        rows = evidence.rows_of(entry.files[run["metrics"]], run["metrics"])
-    try:
-        steps = [row["loss"] for row in rows if row["kind"] == "step"]
-        evaluated = [(row["at"], row["loss"]) for row in rows if row["kind"] == "eval"]
-    except (KeyError, TypeError):
-        raise Refused(f"{entry.label}: its metrics are damaged") from None
-    if not steps:  # an entry that was filed before metrics were
-        log = evidence.read_log(entry.files[run["log"]], entry.name)
-        steps = [float(loss) for _, loss, _ in log.steps]
-        evaluated = [(0, float(log.starts[0]))] if log.starts else []
-        place = 0
-        for _, step, loss in log.epochs:
-            place = next((at for at in range(place, len(steps)) if log.steps[at][0] == step), place)
-            evaluated.append((place + 1, float(loss)))
-    return np.arange(1, len(steps) + 1), np.array(steps), *map(np.array, zip(*evaluated))
+    """(steps, training losses, evaluated steps, val losses) of an entry's first run."""
+    whole = curves.of_run(entry)
+    losses = np.array([loss for _, loss in whole["step"]])
+    return np.arange(1, len(losses) + 1), losses, *map(np.array, zip(*whole["eval"]))
 
 def draw(new, old, path):
     import plots

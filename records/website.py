@@ -31,9 +31,9 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 import changes
-import evidence
+import curves
 import stats
-from entry import Refused, history, locate, need, read_json, read_runs, sources_of, stood
+from entry import Refused, history, locate, need, read_json, read_runs, stood
 from verdict import evidence as how_sure
 from verdict import judge, rivals
 from words import beginnings
@@ -45,39 +45,6 @@ GENERATOR = '<meta name="generator" content="slowrun">'  # by this a folder is k
 
 
 # ---- Curves ------------------------------------------------------------------------------------------------
-
-NUMBER = r"\d+\.\d+"
-LINE = re.compile(rf"step +\d+/\d+ +train (?P<train>{NUMBER}) +(?P<seconds>{NUMBER}) s$"
-                  rf"|epoch .* val (?P<eval>{NUMBER}) "
-                  rf"|member .* members so far (?P<ensemble>{NUMBER})$")
-
-def curve_of_log(text):
-    """{"step": [(seconds, loss)], "eval" and "ensemble": [(steps before it, loss)]} of a run, over all its
-    members. A run that was killed and resumed wrote some steps twice; the later ones count."""
-    curve = {"step": [], "eval": [], "ensemble": []}
-    for match in filter(None, map(LINE.match, text.splitlines())):
-        kind = match.lastgroup
-        if kind != "seconds":
-            curve[kind].append((len(curve["step"]), float(match[kind])))
-            continue
-        row = float(match["seconds"]), float(match["train"])
-        while curve["step"] and curve["step"][-1][0] >= row[0]:
-            curve["step"].pop()
-        for points in curve["eval"], curve["ensemble"]:
-            while points and points[-1][0] > len(curve["step"]):
-                points.pop()
-        curve["step"].append(row)
-    return curve
-
-def curve_of_metrics(rows):
-    """The same of the rows of metrics.jsonl."""
-    curve = {"step": [], "eval": [], "ensemble": []}
-    for row in rows:
-        if row["kind"] == "step":
-            curve["step"].append((row["seconds"], row["loss"]))
-        elif row["kind"] in curve:
-            curve[row["kind"]].append((row["at"], row["loss"]))
-    return curve
 
 def thinned(curve):
     """What the chart draws: POINTS means of equally many steps, each where its last step is; losses to four
@@ -91,14 +58,10 @@ def thinned(curve):
     return {"step": ends.tolist(), "seconds": np.round(seconds[ends - 1], 1).tolist(),
             "train": np.round(means, 4).tolist(), **points}
 
-def curves(entry):
+def curves_of(entry):
     """One for each run, in their order."""
-    for run in entry.runs:
-        if "metrics" in run:
-            whole = curve_of_metrics(evidence.rows_of(entry.files[run["metrics"]], entry.name))
-        else:  # filed before metrics were
-            whole = curve_of_log(sources_of(entry.files[run["log"]], entry.name)[1])
-        yield {"name": f"seed {run['seed']}", **thinned(whole)}
+    return [{"name": f"seed {run['seed']}", **thinned(curves.of_run(entry, place))}
+            for place, run in enumerate(entry.runs)]
 
 
 # ---- Documents ---------------------------------------------------------------------------------------------
@@ -178,7 +141,7 @@ def data_of(entry):
     """What the script needs of an entry, to draw it and to compare it."""
     return {"key": key(entry), "name": name_of(entry), "val": round(mean(entry, "val_loss"), 5),
             "seeds": len(entry.runs), "facts": facts(entry), "config": shown_config(entry),
-            "runs": list(curves(entry)), "documents": documents(entry)}
+            "runs": curves_of(entry), "documents": documents(entry)}
 
 
 # ---- The table ---------------------------------------------------------------------------------------------

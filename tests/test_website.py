@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import curves
 import stats
 import website
 import words
@@ -107,7 +108,7 @@ member   1/2  val 6.2000  the 1 members so far 6.2000
 step       1/3  train 5.0000  4.0 s
 step       2/3  train nan  5.0 s
 """
-    curve = website.curve_of_log(text)
+    curve = curves.of_log(text)
     assert curve["step"] == [(1.0, 8.0), (2.0, 7.0), (2.9, 6.5), (4.0, 5.0)]
     assert curve["ensemble"] == [(3, 6.2)]
     assert curve["eval"][0] == (2, 7.1) and curve["eval"][-1] == (3, 6.2)
@@ -191,7 +192,7 @@ def test_runs_of_ones_own_are_compared_beside_the_entries(tmp_path):
     shutil.copy(entry / result["log"], run / "log.txt")
     with np.load(entry / "doc_losses.npz") as docs:
         np.savez(run / "doc_losses.npz", **{k: v[0] if k.endswith("_loss") else v for k, v in docs.items()})
-    rows = website.curve_of_log(sources_of((run / "log.txt").read_bytes(), "it")[1])["step"]
+    rows = curves.of_log(sources_of((run / "log.txt").read_bytes(), "it")[1])["step"]
     lines = [{"kind": "step", "at": at, "seconds": s, "loss": loss} for at, (s, loss) in enumerate(rows)]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     filed = ("log", "log_sha256", "metrics", "metrics_sha256", "checkpoints")
