@@ -93,7 +93,7 @@ PLACES = {
     "an old checkpoint's end": "path.with_suffix(suffix).unlink(",
     "a state": "run.save_state()",
     "the members so far": "so_far = self.write_predictor(",
-    "scoring": "members, mixed = members_of(c",
+    "scoring": "members = t.write_predictor(",
     "result.json": 'write_json(self.folder / "result.json"',
 }
 DIE = '''
