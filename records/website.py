@@ -41,6 +41,7 @@ from words import beginnings
 RECORDS = Path(__file__).resolve().parent
 ASSETS = RECORDS / "website"
 POINTS = 300          # of a curve: more than a screen tells apart
+LINES = 1000          # of a diff: more than anybody reads on a page
 GENERATOR = '<meta name="generator" content="slowrun">'  # by this a folder is known to be a site
 
 
@@ -135,7 +136,7 @@ def page_of(entry):
     return {"entry": entry, "record": entry.record, "key": key(entry), "rival": rival, "verdict": verdict,
             "rival_key": rival and key(rival), "evidence": how_sure(entry), "facts": facts(entry),
             "configuration": configuration(entry, rival), "readme": readme(entry),
-            "changes": changes.diff(entry, rival).splitlines() if rival else []}
+            "changes": changes.diff(entry, rival).splitlines() if rival else [], "lines": LINES}
 
 def data_of(entry):
     """What the script needs of an entry, to draw it and to compare it."""
